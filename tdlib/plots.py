@@ -66,8 +66,9 @@ def new(rows: int = 1, columns: int = 1, *, size: tuple[float, float] | None = N
 
     Returns the Figure and a (rows, columns) array of Axes; ``size`` in inches, default 4.2 x 3 per panel.
     """
+    inches = size or (4.2 * columns, 3.0 * rows)
     with styled():
-        fig, axes = plt.subplots(rows, columns, squeeze=False, figsize=size or (4.2 * columns, 3.0 * rows), **options)
+        fig, axes = plt.subplots(rows, columns, squeeze=False, figsize=inches, **options)
     plt.close(fig)
     return fig, axes
 
@@ -99,8 +100,9 @@ def draw_lines(ax: Axes, table: Any, x: str, y: str, by: str | None = None, *, b
             ax.fill_between(at, stats["mean"] - spread, stats["mean"] + spread, color=tint, alpha=0.18, lw=0)
 
 
-def line_chart(table: Any, x: str, y: str | Sequence[str], by: str | None = None, *, xlabel: str | None = None,
-               ylabel: str | Sequence[str] | None = None, title: str | Sequence[str] | None = None,
+def line_chart(table: Any, x: str, y: str | Sequence[str], by: str | None = None, *,
+               xlabel: str | None = None, ylabel: str | Sequence[str] | None = None,
+               title: str | Sequence[str] | None = None,
                logx: bool = False, logy: bool = False, band: bool = True, reference: float | None = None,
                reference_label: str = "dense", size: tuple[float, float] | None = None,
                styles: Mapping[str, str] | None = None) -> Figure:
@@ -134,7 +136,7 @@ def line_chart(table: Any, x: str, y: str | Sequence[str], by: str | None = None
 
 def accuracy_against_ratio(table: Any, *, by: str = "method", x: str = "ratio", y: str = "accuracy",
                            dense: float | None = None, title: str | None = None) -> Figure:
-    """Test accuracy (%) against the achieved ratio (log axis), one line per method, mean and sd over seeds."""
+    """Test accuracy (%) against the achieved ratio (log axis): a line per method, mean and sd over seeds."""
     return line_chart(table, x, y, by, xlabel="ratio (dense / compressed, BatchNorm left out)",
                       ylabel="test accuracy (%)", title=title, logx=True, reference=dense, size=(5.4, 3.4))
 
