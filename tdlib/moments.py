@@ -1,0 +1,234 @@
+"""Streamed second moments of convolution patches and of linear inputs: three ways to the same exact sum.
+
+- stride 1, dilation 1 (`Shifted`): sum_q x[q+k] x[q+k']^T depends on k and k' almost only by the displacement d = k' - k,
+  so (2kh-1)(2kw-1)/2 products of one buffer with itself, shifted, replace the (kh*kw)^2/2 of im2col. The window of
+  positions q differs between k: rows and columns at the border that fall outside are subtracted (inclusion, exclusion).
+  The buffer is channels-last with kh-1 zero rows and kw-1 zero columns after every image, so that a shift is an offset
+  into the flat buffer and no product needs a copy.
+- any other convolution (`Unfolded`): im2col of a few images at a time, or of random positions only.
+- linear layers (`Flat`): rows.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdlib.errors import DataError
+
+CHUNK = 1 << 22  # float32 elements in a work buffer (16 MiB)
+
+
+class Moments(Protocol):
+    """Accumulates patches; `count` is the number of patches so far."""
+
+    count: int
+
+    def update(self, x: Tensor) -> None:
+        """Take the layer's input."""
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(Sigma (n, n), mean (n,)), float64 on the CPU."""
+
+
+def accumulator(module: nn.Module, name: str, positions: int | None, generator: torch.Generator) -> Moments:
+    """The accumulator that fits the layer."""
+    if isinstance(module, nn.Linear):
+        return Flat(module.in_features)
+    if not isinstance(module, nn.Conv2d):
+        raise DataError(f"layer {name!r} is a {type(module).__name__}; only Conv2d and Linear have statistics")
+    one = module.kernel_size == (1, 1)
+    if positions is None and not one and module.stride == (1, 1) and module.dilation == (1, 1):
+        return Shifted(module)
+    return Unfolded(module, positions, generator)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b in float32 (float64 if the inputs are), as float64."""
+    return (a.T @ b).double()
+
+
+class Flat:
+    """Second moment of the rows of x (..., n)."""
+
+    def __init__(self, n: int) -> None:
+        self.count = 0
+        self.n = n
+        self.total: Tensor | None = None
+        self.first: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        self.add(x.reshape(-1, self.n))
+
+    def add(self, rows: Tensor) -> None:
+        """rows (m, n)."""
+        rows = wide(rows)
+        if self.total is None:
+            self.total = torch.zeros(self.n, self.n, dtype=torch.float64, device=rows.device)
+            self.first = torch.zeros(self.n, dtype=torch.float64, device=rows.device)
+        for part in rows.split(max(1, CHUNK // self.n)):
+            self.total += product(part, part)
+            self.first += part.sum(0).double()
+        self.count += len(rows)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        sigma = self.total / self.count
+        return ((sigma + sigma.T) / 2).cpu(), (self.first / self.count).cpu()
+
+
+class Unfolded(Flat):
+    """Patches by im2col, or by gathering `positions` random output positions per image, a few images at a time."""
+
+    def __init__(self, conv: nn.Conv2d, positions: int | None, generator: torch.Generator) -> None:
+        super().__init__(conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1])
+        self.conv, self.positions, self.generator = conv, positions, generator
+
+    def update(self, x: Tensor) -> None:
+        for part in wide(x).split(max(1, CHUNK // (self.n * output_positions(self.conv, x)))):
+            self.add(self.patches(part))
+
+    def patches(self, x: Tensor) -> Tensor:
+        """(patches, n) of x (N, C, H, W)."""
+        conv = self.conv
+        x = padded(conv, x)
+        (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+        H, W = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        if self.positions is None or self.positions >= H * W:
+            if (kh, kw) == (1, 1):
+                return x[:, :, ::sh, ::sw].permute(0, 2, 3, 1).reshape(-1, self.n)
+            columns = F.unfold(x, (kh, kw), dilation=(dh, dw), stride=(sh, sw))
+            return columns.transpose(1, 2).reshape(-1, self.n)
+        at = torch.randperm(H * W, generator=self.generator)[: self.positions].to(x.device)
+        rows = (at // W * sh)[:, None] + torch.arange(kh, device=x.device) * dh
+        columns = (at % W * sw)[:, None] + torch.arange(kw, device=x.device) * dw
+        picked = x[:, :, rows[:, :, None], columns[:, None, :]]  # (N, C, positions, kh, kw)
+        return picked.transpose(1, 2).reshape(-1, self.n)
+
+
+class Shifted:
+    """Exact second moment of the patches of a stride-1 convolution from products of shifted views."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self.conv = conv
+        self.count = 0
+        self.kh, self.kw = conv.kernel_size
+        self.totals: dict[tuple[int, int], Sums] = {}
+
+    def update(self, x: Tensor) -> None:
+        x, offset = wide(x), explicit(self.conv)
+        if self.conv.padding_mode != "zeros":
+            x, offset = padded(self.conv, x), (0, 0, 0, 0)
+        height, width = x.shape[2:]
+        out = (height + offset[0] + offset[1] - self.kh + 1, width + offset[2] + offset[3] - self.kw + 1)
+        sums = self.totals.setdefault((height, width), Sums(self.kh, self.kw, x, (offset[0], offset[2]), out))
+        for part in x.split(max(1, CHUNK // (x.shape[1] * (height + self.kh) * (width + self.kw)))):
+            sums.add(part)
+        self.count += len(x) * out[0] * out[1]
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        sigma, mean = map(sum, zip(*(s.assemble() for s in self.totals.values()), strict=True))
+        return (sigma / self.count).cpu(), (mean / self.count).cpu()
+
+
+class Sums:
+    """Running sums of `Shifted` for one input size: products over the whole image, border rows, columns and corners."""
+
+    def __init__(self, kh: int, kw: int, x: Tensor, offset: tuple[int, int], out: tuple[int, int]) -> None:
+        self.size, self.channels, self.kernel = tuple(x.shape[2:]), x.shape[1], (kh, kw)
+        lost_rows = [lost(k, offset[0], out[0], self.size[0]) for k in range(kh)]
+        lost_columns = [lost(k, offset[1], out[1], self.size[1]) for k in range(kw)]
+        self.pairs = []  # (k, k', displacement, rows to leave out, columns to leave out)
+        for k in range(kh * kw):
+            for j in range(k, kh * kw):
+                d = (j // kw - k // kw, j % kw - k % kw)
+                self.pairs.append((k, j, d, lost_rows[k // kw], lost_columns[k % kw]))
+        self.lost = lost_rows, lost_columns
+        self.sums = {key: None for *_, d, rows, columns in self.pairs for key in self.terms(d, rows, columns)}
+        self.image = torch.zeros(*self.size, self.channels, dtype=torch.float64, device=x.device)
+
+    def terms(self, d: tuple[int, int], rows: list[int], columns: list[int]) -> dict[tuple, int]:
+        """Key (d, row or None, column or None) -> sign of the sums that make up one pair; terms known to be 0 left out."""
+        (H, W), (dy, dx) = self.size, d
+        rows = [y for y in rows if 0 <= y + dy < H]
+        columns = [x for x in columns if 0 <= x + dx < W]
+        found = {(d, None, None): 1}
+        found |= {(d, y, None): -1 for y in rows} | {(d, None, x): -1 for x in columns}
+        return found | {(d, y, x): 1 for y in rows for x in columns}
+
+    def add(self, x: Tensor) -> None:
+        """x (N, C, H, W): a few images."""
+        (H, W), (kh, kw) = self.size, self.kernel
+        buffer = x.new_zeros(len(x), H + kh - 1, W + kw - 1, self.channels)
+        buffer[:, :H, :W] = x.permute(0, 2, 3, 1)
+        self.image += x.sum(0).permute(1, 2, 0)
+        flat = buffer.view(-1, self.channels)
+        for key in self.sums:
+            (dy, dx), row, column = key
+            if row is None and column is None:
+                shift = dy * (W + kw - 1) + dx
+                value = product(flat[: len(flat) - shift], flat[shift:])
+            elif column is None:
+                value = product(*overlap(buffer[:, row, :W], buffer[:, row + dy, :W], dx))
+            elif row is None:
+                value = product(*overlap(buffer[:, :H, column], buffer[:, :H, column + dx], dy))
+            else:
+                value = product(buffer[:, row, column], buffer[:, row + dy, column + dx])
+            self.sums[key] = value if self.sums[key] is None else self.sums[key].add_(value)
+
+    def assemble(self) -> tuple[Tensor, Tensor]:
+        """Sum over all patches of x x^T (n, n) and of x (n,), order channel, kh, kw."""
+        K, C = self.kernel[0] * self.kernel[1], self.channels
+        blocks = self.image.new_zeros(C, K, C, K)
+        for k, j, d, rows, columns in self.pairs:
+            block = sum(sign * self.sums[key] for key, sign in self.terms(d, rows, columns).items())
+            blocks[:, k, :, j], blocks[:, j, :, k] = block, block.T
+        mean = self.image.new_zeros(C, K)
+        for k in range(K):
+            rows, columns = self.lost[0][k // self.kernel[1]], self.lost[1][k % self.kernel[1]]
+            keep_rows = [y for y in range(self.size[0]) if y not in rows]
+            keep_columns = [x for x in range(self.size[1]) if x not in columns]
+            mean[:, k] = self.image[keep_rows][:, keep_columns].sum((0, 1))
+        return blocks.reshape(C * K, C * K), mean.reshape(-1)
+
+
+def overlap(a: Tensor, b: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """a (N, L, C) at q and b at q + d, for all q where both exist, as (rows, C) each."""
+    L = a.shape[1]
+    a, b = a[:, max(0, -d) : L - max(0, d)], b[:, max(0, d) : L - max(0, -d)]
+    return a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2])
+
+
+def lost(k: int, offset: int, out: int, size: int) -> list[int]:
+    """Rows (or columns) of the data that tap k never sees: outside [k - offset, k - offset + out)."""
+    return [y for y in range(size) if not k - offset <= y < k - offset + out]
+
+
+def wide(x: Tensor) -> Tensor:
+    """x as float32, or float64 if it is already."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def explicit(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Padding of a Conv2d as (top, bottom, left, right); 'same' puts the odd cell last, as torch does."""
+    if conv.padding == "valid":
+        return 0, 0, 0, 0
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
+    (ph, pw) = conv.padding
+    return ph, ph, pw, pw
+
+
+def padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """x (N, C, H, W) with the convolution's own padding applied."""
+    top, bottom, left, right = explicit(conv)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, (left, right, top, bottom), mode=mode) if top + bottom + left + right else x
+
+
+def output_positions(conv: nn.Conv2d, x: Tensor) -> int:
+    """About the number of output positions of one image."""
+    return max(1, x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1]))
