@@ -74,7 +74,7 @@ def new(rows: int = 1, columns: int = 1, *, size: tuple[float, float] | None = N
 
 
 def _plain_log_ticks(axis: Any) -> None:
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0)))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -197,6 +197,6 @@ def bars(table: Any, category: str, value: str, by: str | None = None, *, ylabel
             line(reference, color=COLOURS["dense"], ls="--", lw=1.2)
         if title:
             ax.set_title(title)
-        if by is not None:
-            ax.legend()
+        if by is not None:  # above the axes: bars leave no free corner
+            ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(keys), borderaxespad=0.1)
     return fig
