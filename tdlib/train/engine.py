@@ -1,0 +1,177 @@
+"""Devices and processes for ``fit``: Accelerate set-up, optimiser, random states, progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from ..errors import TdlibError, UnknownName
+from .hooks import Context
+
+
+@dataclass
+class Engine:
+    """Where and how a model is trained. ``net`` is what the loop calls: the model, compiled or wrapped for DDP."""
+
+    accelerator: Accelerator
+    device: torch.device
+    model: nn.Module
+    net: nn.Module
+
+    @classmethod
+    def start(
+        cls, model: nn.Module, device: str | torch.device | None, precision: str, channels_last: bool, compile: bool
+    ) -> Engine:
+        """Move the model to its device and set up Accelerate (one process, or those of ``accelerate launch``)."""
+        if precision not in ("no", "bf16"):
+            raise UnknownName(f"unknown precision {precision!r}; valid: no, bf16")
+        wanted = torch.device(device) if device is not None else None
+        if wanted is not None and wanted.type == "cuda" and not torch.cuda.is_available():
+            raise TdlibError(f"device {wanted} was asked for, but torch finds no CUDA device")
+        AcceleratorState._reset_state(True)  # a process may train several times, on different devices
+        accelerator = Accelerator(
+            cpu=wanted is not None and wanted.type == "cpu", mixed_precision=precision, device_placement=False
+        )
+        single = accelerator.num_processes == 1
+        where = wanted if wanted is not None and single else accelerator.device
+        model.to(where)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        net = model
+        if not single:
+            net = accelerator.prepare_model(model, device_placement=False)
+        if compile:
+            net = torch.compile(net)  # type: ignore[assignment]
+        return cls(accelerator, where, model, net)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Leaves the global random state and the model's forward as they were."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            try:
+                yield
+            finally:
+                if self.world > 1:
+                    self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over processes."""
+        return value if self.world == 1 else self.accelerator.reduce(value, "sum")
+
+    def largest(self, value: Tensor) -> Tensor:
+        """Largest over processes."""
+        return value if self.world == 1 else self.accelerator.gather(value.reshape(1)).max()
+
+    def agree(self, decision: bool) -> bool:
+        """The main process's decision."""
+        if self.world == 1:
+            return decision
+        vote = torch.tensor(int(decision and self.main), device=self.device)
+        return bool(self.accelerator.reduce(vote, "sum") > 0)
+
+    def share_buffers(self) -> None:
+        """Give every process the main process's buffers (running statistics of BatchNorm)."""
+        if self.world > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def get_rng(self) -> dict[str, Tensor]:
+        """States of the global random generators."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def set_rng(self, states: dict[str, Tensor]) -> None:
+        """Restore what ``get_rng`` gave."""
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+def stream_seed(*key: int) -> int:
+    """A 63-bit seed that is a pure function of ``key``."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def make_optimizer(
+    model: nn.Module,
+    name: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW over the trainable parameters, fused where the device has it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise TdlibError("the model has no trainable parameters")
+    fused = device.type in ("cpu", "cuda") and all(p.is_floating_point() for p in parameters)
+    common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": fused}
+    if name == "sgd":
+        return torch.optim.SGD(parameters, momentum=momentum, nesterov=nesterov, **common)
+    if name == "adam":
+        return torch.optim.Adam(parameters, betas=(momentum, 0.999), **common)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, betas=(momentum, 0.999), **common)
+    raise UnknownName(f"unknown optimizer {name!r}; valid: sgd, adam, adamw")
+
+
+class Progress:
+    """A bar over all steps with loss, accuracy and time left. On a GPU the numbers change once per epoch."""
+
+    def __init__(self, show: bool, total: int, done: int) -> None:
+        self.bar: Any = None
+        if show:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit="step", mininterval=0.5, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, totals: Tensor, ctx: Context, live: bool) -> None:
+        """One step further; ``live`` reads the running totals."""
+        if self.bar is None:
+            return
+        if live:
+            loss, correct, n = totals.tolist()
+            self.bar.set_postfix_str(f"epoch {ctx.epoch + 1}/{ctx.epochs} loss {loss / n:.3f} acc {100 * correct / n:.1f}%", refresh=False)
+        self.bar.update(1)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Show a finished epoch's metrics."""
+        if self.bar is not None:
+            shown = [f"epoch {row['epoch'] + 1}", f"loss {row['train_loss']:.3f}", f"acc {row['train_accuracy']:.1f}%"]
+            if "val_accuracy" in row:
+                shown.append(f"val {row['val_accuracy']:.1f}%")
+            self.bar.set_postfix_str(" ".join(shown))
