@@ -1,45 +1,54 @@
-"""The errors tdlib raises: each names the wrong value, what was expected, and how to mend it."""
+"""The library's named errors: each says what was found, what was expected and how to mend it."""
 
-from __future__ import annotations
-
-import difflib
 from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "DataError",
+    "NonFiniteError",
+    "RankError",
+    "TdlibError",
+    "UnknownName",
+    "unknown",
+]
 
 
 class TdlibError(ValueError):
-    """Base class: bad input, detected before anything was changed."""
+    """Root of every error that tdlib raises on purpose."""
 
 
 class RankError(TdlibError):
-    """A rank that is no positive integer, or of the wrong count for its format."""
+    """A rank or a list of ranks that no decomposition can have (below 1, not whole, wrong count)."""
 
 
 class BudgetError(TdlibError):
-    """A compression ratio that the model, format and skip list cannot reach."""
+    """A compression ratio that cannot be reached; the message names the best reachable one."""
 
 
 class DataError(TdlibError):
-    """Missing, malformed or inconsistent data."""
+    """A data set that is missing, misshapen or inconsistent."""
 
 
 class CheckpointError(TdlibError):
-    """A checkpoint or saved model that is corrupt, foreign, or cannot be written."""
+    """A checkpoint or saved model that is corrupt, foreign or of another run."""
 
 
 class NonFiniteError(TdlibError):
-    """NaN or infinity in weights, activations or the loss."""
+    """NaN or infinity where a number was needed (weights, loss, statistics)."""
 
 
 class UnknownName(TdlibError):
-    """A name that is not in a table of valid names."""
+    """A name that is not in a table; the message lists the valid ones."""
 
 
 def unknown(kind: str, name: object, valid: Iterable[str]) -> UnknownName:
-    """The error for an unknown ``name``: lists the ``valid`` ones and suggests the closest.
+    """The error to raise for `name`: lists the `valid` names of this `kind` and the closest one.
 
-    Returned rather than raised, so that call sites read ``raise unknown("format", name, FORMATS)``.
+    >>> raise unknown("format", "tuker2", ["tt", "tucker2"])  # doctest: +SKIP
     """
-    names = sorted(str(v) for v in valid)
-    close = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return UnknownName(f"unknown {kind} {str(name)!r}{hint} (valid: {', '.join(names) or 'none'})")
+    names = sorted(valid)
+    close = get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UnknownName(f"unknown {kind} {name!r}.{hint} Valid names: {', '.join(names) or 'none'}.")
