@@ -40,17 +40,17 @@ def load(
 ) -> Bundle:
     """Load a data set.
 
-    name: see ``available()``. ``digits`` is embedded. The torchvision sets are looked for under ``root`` (default: the
-    environment variable TDLIB_DATA, else ~/.cache/tdlib) as NAME.npz or torchvision's files, else downloaded there.
-    ``imagenet`` is a folder ROOT/imagenet (or ROOT itself) with train/ and val/. ``imagefolder:PATH`` has train/,
-    [val/], test/ or directly one folder per class (then a fifth is the test set). ``npz:PATH`` holds arrays as
-    MedMNIST names them (without test_images a fifth is the test set).
-    seed, val_fraction: which part of each class of the training set is held out for validation (not where the data
-    come with their own validation set).
+    name: see ``available()``. ``digits`` is embedded. The torchvision sets are looked for under ``root``
+    (default: the environment variable TDLIB_DATA, else ~/.cache/tdlib) as NAME.npz or torchvision's files,
+    else downloaded there. ``imagenet`` is a folder ROOT/imagenet (or ROOT itself) with train/ and val/.
+    ``imagefolder:PATH`` has train/, [val/], test/ or directly one folder per class (then a fifth is the test
+    set). ``npz:PATH`` holds arrays as MedMNIST names them (without test_images a fifth is the test set).
+    seed, val_fraction: which part of each class of the training set is held out for validation (not where the
+    data come with their own validation set).
     image_size: resize to this side; image folders: default the median shorter side, at most 224.
     limit: at most this many images per split, evenly over the classes (quick runs).
-    mean, std: per-channel normalisation in [0, 1] pixel units; default the usual constants for CIFAR and image files,
-    else computed from the training split.
+    mean, std: per-channel normalisation in [0, 1] pixel units; default the usual constants for CIFAR and
+    image files, else computed from the training split.
 
     Raises DataError before any training starts, UnknownName for unknown names.
     """
@@ -102,7 +102,9 @@ def _bundle(
     mean, std = _constants(mean or computed_mean, std or computed_std, parts[0][0].shape[3])
     splits = [ArraySplit(images, labels, mean, std) for images, labels in parts]
     _, height, width, channels = splits[0].images.shape
-    return Bundle(name, arrays.classes, mean, std, (channels, height, width), *splits, augment=augment)
+    train_split, val_split, test_split = splits
+    shape = (channels, height, width)
+    return Bundle(name, arrays.classes, mean, std, shape, train_split, val_split, test_split, augment)
 
 
 def _divide(
@@ -140,11 +142,13 @@ def _resized(part: tuple[Tensor, Tensor], size: int | None) -> tuple[Tensor, Ten
         F.interpolate(chunk.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True)
         for chunk in images.split(1024)
     ]
-    return torch.cat([chunk.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1) for chunk in out]), labels
+    return torch.cat(
+        [chunk.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1) for chunk in out]
+    ), labels
 
 
 def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation of [0, 1] pixels, exact (from the histogram of the 256 values)."""
+    """Per-channel mean and standard deviation of [0, 1] pixels, exact (from a histogram)."""
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in range(images.shape[3]):
@@ -155,10 +159,14 @@ def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(means), tuple(stds)
 
 
-def _constants(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _constants(
+    mean: Sequence[float], std: Sequence[float], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean, std = tuple(float(m) for m in mean), tuple(float(s) for s in std)
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise DataError(f"mean and std need {channels} values, one per channel, std > 0; got {mean} and {std}")
+        raise DataError(
+            f"mean and std need {channels} values, one per channel, std > 0; got {mean} and {std}"
+        )
     return mean, std
 
 
@@ -168,8 +176,8 @@ def _imagenet(root: str | Path | None) -> Path:
         if (folder / "train").is_dir() and (folder / "val").is_dir():
             return folder
     raise DataError(
-        f"imagenet was not found: looked for folders train/ and val/ (one sub-folder per class) in {base / 'imagenet'} "
-        f"and {base}. It cannot be downloaded; set TDLIB_DATA or root= to where it is"
+        f"imagenet was not found: looked for folders train/ and val/ (one sub-folder per class) in "
+        f"{base / 'imagenet'} and {base}. It cannot be downloaded; set TDLIB_DATA or root= to where it is"
     )
 
 
@@ -213,7 +221,9 @@ def _folder(
     else:
         splits = [FileSplit(p, y, size, use_mean, use_std) for p, y in parts]
         augment = Augment(flip=True, scale=0.25)
-    return Bundle(name, classes, use_mean, use_std, (3, size, size), *splits, augment=augment)
+    train_split, val_split, test_split = splits
+    shape = (3, size, size)
+    return Bundle(name, classes, use_mean, use_std, shape, train_split, val_split, test_split, augment)
 
 
 def _take(part: tuple[list[Path], list[int]], index: Tensor) -> tuple[list[Path], list[int]]:
@@ -221,7 +231,9 @@ def _take(part: tuple[list[Path], list[int]], index: Tensor) -> tuple[list[Path]
     return [part[0][i] for i in chosen], [part[1][i] for i in chosen]
 
 
-def _limited_files(part: tuple[list[Path], list[int]], limit: int | None, seed: int) -> tuple[list[Path], list[int]]:
+def _limited_files(
+    part: tuple[list[Path], list[int]], limit: int | None, seed: int
+) -> tuple[list[Path], list[int]]:
     if limit is None or len(part[1]) <= limit:
         return part
     return _take(part, _choose(torch.tensor(part[1]), limit, seed))

@@ -1,4 +1,4 @@
-"""Batched random crops and flips, drawn per epoch from (seed, epoch) and applied on the device in one gather."""
+"""Batched random crops and flips: drawn per epoch from (seed, epoch), applied on the device in one gather."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Augment:
     pad: the image is shifted by up to ``pad`` pixels in each direction (a crop out of the padded image).
     mode: what comes in at the border: ``"zero"`` (black pixels) or ``"reflect"``.
     flip: mirror left-right with probability one half.
-    scale: image folders too large for memory: crop a random area of at least this fraction and resize it (1 = off).
+    scale: image folders too large for memory: crop a random area of at least this fraction and resize it (1 =
+    off).
     """
 
     pad: int = 0
@@ -30,7 +31,9 @@ class Augment:
         if self.mode not in ("zero", "reflect"):
             raise DataError(f"augment mode must be 'zero' or 'reflect', not {self.mode!r}")
         if self.pad < 0 or not 0 < self.scale <= 1:
-            raise DataError(f"augment needs pad >= 0 and 0 < scale <= 1, got pad={self.pad}, scale={self.scale}")
+            raise DataError(
+                f"augment needs pad >= 0 and 0 < scale <= 1, got pad={self.pad}, scale={self.scale}"
+            )
 
 
 NONE = Augment()
@@ -43,7 +46,9 @@ def stream(*key: object) -> torch.Generator:
 
 
 def draw(n: int, augment: Augment, seed: int, epoch: int) -> Tensor:
-    """(n, 3) int64: row shift, column shift in [-pad, pad] and flip in {0, 1}, for the n places of an epoch's order."""
+    """(n, 3) int64: row shift, column shift in [-pad, pad] and flip in {0, 1}, for the n places of an epoch's
+    order.
+    """
     generator = stream(seed, epoch, "augment")
     shifts = torch.randint(-augment.pad, augment.pad + 1, (n, 2), generator=generator)
     flips = torch.randint(0, 2, (n, 1), generator=generator) * int(augment.flip)
@@ -51,9 +56,11 @@ def draw(n: int, augment: Augment, seed: int, epoch: int) -> Tensor:
 
 
 def gather(images: Tensor, index: Tensor, draws: Tensor | None, augment: Augment) -> Tensor:
-    """Images (N, H, W, C) uint8 at ``index`` (B,), shifted and flipped by ``draws`` (B, 3) -> (B, H, W, C) float32.
+    """Images (N, H, W, C) uint8 at ``index`` (B,), shifted and flipped by ``draws`` (B, 3) -> (B, H, W, C)
+    float32.
 
-    One gather: the source row and column of every output pixel are computed, so nothing is padded or copied twice.
+    One gather: the source row and column of every output pixel are computed, so nothing is padded or copied
+    twice.
     """
     if draws is None or augment == NONE:
         return images[index].float()

@@ -1,4 +1,4 @@
-"""A data set with its train, validation and test splits; batches are a pure function of (seed, epoch, step)."""
+"""A data set with train, validation and test splits; batches are a pure function of (seed, epoch, step)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..errors import DataError
 from .augment import NONE, Augment, draw, gather, stream
 from .files import FileSplit
 
-Split = "ArraySplit | FileSplit"
-
 
 class ArraySplit(Dataset[tuple[Tensor, int]]):
-    """Images held as one uint8 tensor (N, H, W, C), labels (N,) int64. ``split[i]`` is (normalised image, label)."""
+    """Images held as one uint8 tensor (N, H, W, C), labels (N,) int64. ``split[i]`` is (normalised image,
+    label).
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
         self.images, self.labels = images.contiguous(), labels.to(torch.int64)
@@ -44,13 +44,15 @@ class ArraySplit(Dataset[tuple[Tensor, int]]):
     def digest(self) -> str:
         """SHA-256 of the images and labels."""
         sha = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        sha.update(self.images.numpy())
-        sha.update(self.labels.numpy())
+        sha.update(self.images.numpy().data)
+        sha.update(self.labels.numpy().data)
         return sha.hexdigest()
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(N, H, W, C) pixels 0..255 -> (N, C, H, W) float32 in channels_last layout, (x / 255 - mean) / std per channel."""
+    """(N, H, W, C) pixels 0..255 -> (N, C, H, W) float32 in channels_last layout, (x / 255 - mean) / std per
+    channel.
+    """
     scale = torch.tensor([1 / (255 * s) for s in std]).to(x.device, non_blocking=True)
     offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).to(x.device, non_blocking=True)
     return torch.addcmul(offset, x, scale).permute(0, 3, 1, 2)
@@ -61,7 +63,8 @@ class Bundle:
     """What ``tdlib.data.load`` returns.
 
     mean, std: per channel, in units of the [0, 1] pixel range. input_shape: (C, H, W) of one image.
-    train, val, test: torch Datasets of (normalised image (C, H, W), label). Model selection uses val, never test.
+    train, val, test: torch Datasets of (normalised image (C, H, W), label). Model selection uses val, never
+    test.
     augment: what "auto" means for this data.
     """
 
@@ -87,7 +90,7 @@ class Bundle:
         """The split called ``train``, ``val`` or ``test``."""
         if name not in ("train", "val", "test"):
             raise DataError(f"unknown split {name!r}; valid: train, val, test")
-        return getattr(self, name)  # type: ignore[no-any-return]
+        return getattr(self, name)
 
     def steps(self, split: str, batch_size: int, *, drop_last: bool = False) -> int:
         """Batches in one epoch of ``split``."""
@@ -110,11 +113,14 @@ class Bundle:
         drop_last: bool | None = None,
         workers: int | None = None,
     ) -> Batches:
-        """Iterate (x float32 (N, C, H, W) normalised, y int64 (N,)) on ``device``; ``len()`` is the steps left.
+        """Iterate (x float32 (N, C, H, W) normalised, y int64 (N,)) on ``device``; ``len()`` is the steps
+        left.
 
-        Order and augmentation depend on (seed, epoch, step) alone: ``start_step`` continues an epoch exactly. In a run
-        of ``world`` processes each takes its slice ``rank::world`` of every global batch of ``batch_size``.
-        augment: an Augment, "auto" (this data's own), or None/"none". shuffle, drop_last: default only for train.
+        Order and augmentation depend on (seed, epoch, step) alone: ``start_step`` continues an epoch exactly.
+        In a run of ``world`` processes each takes its slice ``rank::world`` of every global batch of
+        ``batch_size``.
+        augment: an Augment, "auto" (this data's own), or None/"none". shuffle, drop_last: default only for
+        train.
         """
         if batch_size < 1 or not 0 <= rank < world:
             raise DataError(f"need batch_size >= 1 and 0 <= rank < world, got {batch_size}, {rank}, {world}")

@@ -22,10 +22,14 @@ BORDER = 8 / 7  # images are resized to size * BORDER before the centre crop of 
 
 
 def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Path], list[int]]:
-    """(class names, image paths, labels) of a folder of class folders, sorted. Raises DataError on an empty class."""
+    """(class names, image paths, labels) of a folder of class folders, sorted. Raises DataError on an empty
+    class.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one sub-folder of images per class")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(
+        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
     if len(names) < 2:
         raise DataError(f"{folder} needs at least two class folders, found {names or 'none'}")
     if classes is not None and names != list(classes):
@@ -47,8 +51,10 @@ def median_size(paths: Sequence[Path], cap: int = 224) -> int:
     return int(min(cap, max(8, np.median([min(_open(path).size) for path in sample]))))
 
 
-def read(path: Path, size: int, augment: Augment | None = None, key: tuple[object, ...] = ()) -> np.ndarray[Any, Any]:
-    """One image as (size, size, 3) uint8: shorter side resized, centre-cropped; or a random area by ``key``."""
+def read(
+    path: Path, size: int, augment: Augment | None = None, key: tuple[object, ...] = ()
+) -> np.ndarray[Any, Any]:
+    """One image as (size, size, 3) uint8: resized and centre-cropped, or a random area drawn by ``key``."""
     from PIL import Image
 
     with _open(path) as opened:
@@ -67,7 +73,11 @@ def read(path: Path, size: int, augment: Augment | None = None, key: tuple[objec
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     array = np.asarray(image)
-    if augment is not None and augment.flip and int(torch.randint(2, (1,), generator=stream(*key, path.name, 1))):
+    if (
+        augment is not None
+        and augment.flip
+        and int(torch.randint(2, (1,), generator=stream(*key, path.name, 1)))
+    ):
         array = array[:, ::-1]
     return np.ascontiguousarray(array)
 
@@ -84,7 +94,12 @@ class FileSplit(Dataset[tuple[Tensor, int]]):
     """Images that stay on disk. ``split[i]`` is (normalised centre crop (3, size, size), label)."""
 
     def __init__(
-        self, paths: Sequence[Path], labels: Sequence[int], size: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[int],
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         self.paths, self.labels = list(paths), torch.tensor(list(labels), dtype=torch.int64)
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
@@ -111,9 +126,10 @@ class FileSplit(Dataset[tuple[Tensor, int]]):
 
         count = max(0, min(8, (os.cpu_count() or 1) - 1)) if workers is None else workers
         loader: DataLoader[Any] = DataLoader(
-            _Raw(self, augment, key),  # type: ignore[arg-type]
+            _Raw(self, augment, key),
             batch_sampler=parts,
             num_workers=min(count, len(parts)),
+            generator=stream(*key, "workers"),  # leaves the global random state alone
             pin_memory=device.type == "cuda",
         )
         for pixels, labels in loader:
@@ -148,8 +164,12 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 
 
-def _random_area(size: tuple[int, int], scale: float, generator: torch.Generator) -> tuple[float, float, float, float]:
-    """A random box (left, top, right, bottom): area fraction in [scale, 1], aspect ratio in [3/4, 4/3] (log-uniform)."""
+def _random_area(
+    size: tuple[int, int], scale: float, generator: torch.Generator
+) -> tuple[float, float, float, float]:
+    """A random box (left, top, right, bottom): area fraction in [scale, 1], aspect ratio in [3/4, 4/3]
+    (log-uniform).
+    """
     width, height = size
     a, b, c, d = torch.rand(4, generator=generator).tolist()
     area = width * height * (scale + (1 - scale) * a)

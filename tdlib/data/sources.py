@@ -1,4 +1,4 @@
-"""Where the arrays come from: scikit-learn, npz files, torchvision. Each source gives checked uint8 arrays."""
+"""Where arrays come from: scikit-learn, npz files, torchvision. Each source gives checked uint8 arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Source:
-    """One torchvision data set: class name there, class names, "auto" augmentation, usual constants, image shape."""
+    """One torchvision data set: class name there, class names, "auto" augmentation, usual constants, image
+    shape.
+    """
 
     torchvision: str
     classes: list[str]
@@ -43,8 +45,8 @@ class Source:
     std: tuple[float, ...] | None = None
 
 
-# Means and standard deviations of the CIFAR training pixels, as in torchvision's and most published recipes; the
-# others are computed from the training split. MNIST is not augmented; digits of house numbers must not be mirrored.
+# Means and standard deviations of the CIFAR training pixels, as in most published recipes; the others are
+# computed from the training split. MNIST is not augmented; house numbers must not be mirrored.
 TORCHVISION = {
     "mnist": Source("MNIST", names.DIGITS, NONE, (28, 28, 1)),
     "fashion_mnist": Source("FashionMNIST", names.FASHION, Augment(pad=2, flip=True), (28, 28, 1)),
@@ -65,7 +67,8 @@ def data_root(root: str | Path | None) -> Path:
 
 
 def digits(seed: int) -> Arrays:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, 0..16 stretched to 0..255; a fifth (stratified) is the test set.
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, 0..16 stretched to 0..255; a fifth (stratified) is
+    the test set.
 
     The test set is the same for every seed.
     """
@@ -73,19 +76,23 @@ def digits(seed: int) -> Arrays:
 
     data = load_digits()
     pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    images, labels = check(pixels, data.target, "digits", classes=10)
+    images, labels = check(pixels, data.target, "digits", 10)
     keep, held = split_off(labels, 0.2, seed=0)
     return Arrays((images[keep], labels[keep]), None, (images[held], labels[held]), names.DIGITS)
 
 
 def torchvision_set(name: str, root: str | Path | None) -> Arrays:
-    """A torchvision data set: ROOT/NAME.npz if it exists, else torchvision's own folder under ROOT, else a download."""
+    """A torchvision data set: ROOT/NAME.npz if it exists, else torchvision's own folder under ROOT, else a
+    download.
+    """
     source, folder = TORCHVISION[name], data_root(root)
     file = folder / f"{name}.npz"
     if file.is_file():
         arrays = npz(file, source.classes)
         if tuple(arrays.train[0].shape[1:]) != source.shape:
-            raise DataError(f"{file}: images are {tuple(arrays.train[0].shape[1:])}, {name} has {source.shape}")
+            raise DataError(
+                f"{file}: images are {tuple(arrays.train[0].shape[1:])}, {name} has {source.shape}"
+            )
         return arrays
     import torchvision
 
@@ -103,7 +110,10 @@ def torchvision_set(name: str, root: str | Path | None) -> Arrays:
     except (RuntimeError, OSError):
         parts = _download(name, folder, file, both)
     return Arrays(
-        _torchvision_arrays(parts[0], name, source), None, _torchvision_arrays(parts[1], name, source), source.classes
+        _torchvision_arrays(parts[0], name, source),
+        None,
+        _torchvision_arrays(parts[1], name, source),
+        source.classes,
     )
 
 
@@ -113,10 +123,10 @@ def _download(name: str, folder: Path, file: Path, both: Callable[[bool], list[A
         return both(True)
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"{name} was not found: looked for {file} and torchvision's files under {folder}, and downloading them "
-            f"failed ({type(error).__name__}: {error}). Set TDLIB_DATA (or root=, data_dir=) to a folder that holds "
-            f"them, or run once with network access; an .npz needs arrays train_images, train_labels, test_images, "
-            f"test_labels"
+            f"{name} was not found: looked for {file} and torchvision's files under {folder}, and the download "
+            f"failed ({type(error).__name__}: {error}). Set TDLIB_DATA (or root=, data_dir=) to a folder that "
+            f"holds them, or run once with network access; an .npz needs the arrays train_images, "
+            f"train_labels, test_images and test_labels"
         ) from error
 
 
@@ -125,13 +135,14 @@ def _torchvision_arrays(part: Any, name: str, source: Source) -> tuple[Tensor, T
     if name == "svhn":
         pixels = pixels.transpose(0, 2, 3, 1)
     labels = np.asarray(part.targets if hasattr(part, "targets") else part.labels)
-    return check(pixels, labels, name, classes=len(source.classes))
+    return check(pixels, labels, name, len(source.classes))
 
 
 def npz(path: Path, classes: list[str] | None = None) -> Arrays:
     """An .npz as MedMNIST names its arrays: train_images, train_labels and optional val_*, test_*, classes.
 
-    images: uint8, grey (N, H, W) or colour (N, H, W, 1 or 3); labels: integers (N,) or (N, 1). Raises DataError.
+    images: uint8, grey (N, H, W) or colour (N, H, W, 1 or 3); labels: integers (N,) or (N, 1). Raises
+    DataError.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist (looked in {path.parent.resolve()})")
@@ -145,24 +156,30 @@ def npz(path: Path, classes: list[str] | None = None) -> Arrays:
             raise DataError(f"{path} has no array {key!r}; it has {', '.join(sorted(arrays)) or 'none'}")
     if "classes" in arrays:
         classes = [str(name) for name in arrays["classes"].ravel()]
-    count = len(classes) if classes else None
-    parts: dict[str, tuple[Tensor, Tensor] | None] = {}
-    for part in ("train", "val", "test"):
+    where = f"{path}: train"
+    train = check(
+        arrays["train_images"],
+        arrays["train_labels"],
+        where,
+        len(classes) if classes else None,
+        every_class=True,
+    )
+    classes = classes or [str(i) for i in range(int(train[1].max()) + 1)]
+    held: list[tuple[Tensor, Tensor] | None] = []
+    for part in ("val", "test"):
         if f"{part}_images" not in arrays:
-            parts[part] = None
+            held.append(None)
             continue
         if f"{part}_labels" not in arrays:
             raise DataError(f"{path} has {part}_images but no {part}_labels")
-        where = f"{path}: {part}"
-        parts[part] = check(arrays[f"{part}_images"], arrays[f"{part}_labels"], where, count, part == "train")
-        if part == "train":
-            count = count or int(parts[part][1].max()) + 1  # type: ignore[index]
-            shape = parts[part][0].shape[1:]  # type: ignore[index]
-        elif parts[part][0].shape[1:] != shape:  # type: ignore[index]
-            raise DataError(f"{where} images are {tuple(parts[part][0].shape[1:])}, train images {tuple(shape)}")  # type: ignore[index]
-    train = parts["train"]
-    assert train is not None
-    return Arrays(train, parts["val"], parts["test"], classes or [str(i) for i in range(count or 0)])
+        found = check(arrays[f"{part}_images"], arrays[f"{part}_labels"], f"{path}: {part}", len(classes))
+        if found[0].shape[1:] != train[0].shape[1:]:
+            raise DataError(
+                f"{path}: {part} images are {tuple(found[0].shape[1:])}, "
+                f"train images {tuple(train[0].shape[1:])}"
+            )
+        held.append(found)
+    return Arrays(train, held[0], held[1], classes)
 
 
 def check(
@@ -170,11 +187,13 @@ def check(
     labels: np.ndarray[Any, Any],
     where: str,
     classes: int | None = None,
-    all_classes: bool = True,
+    every_class: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Images as (N, H, W, C) uint8 and labels as (N,) int64 tensors. Raises DataError saying what is wrong."""
+    """Images as (N, H, W, C) uint8, labels as (N,) int64 tensors. Raises DataError saying what is wrong."""
     if images.dtype != np.uint8:
-        raise DataError(f"{where} images must be uint8 (0..255), not {images.dtype}: scale and convert them first")
+        raise DataError(
+            f"{where} images must be uint8 (0..255), not {images.dtype}: scale and convert them first"
+        )
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
@@ -182,24 +201,30 @@ def check(
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{where} labels must be integers of shape (N,) or (N, 1), not {labels.dtype} {labels.shape}")
+        raise DataError(
+            f"{where} labels must be integers of shape (N,) or (N, 1), not {labels.dtype} {labels.shape}"
+        )
     if len(images) != len(labels):
         raise DataError(f"{where} has {len(images)} images but {len(labels)} labels")
     labels = labels.astype(np.int64)
     if int(labels.min()) < 0 or (classes is not None and int(labels.max()) >= classes):
         last = "the number of classes - 1" if classes is None else str(classes - 1)
-        raise DataError(f"{where} labels run from {labels.min()} to {labels.max()}, expected 0 to {last}")
+        raise DataError(
+            f"{where} labels are out of range: from {labels.min()} to {labels.max()}, expected 0 to {last}"
+        )
     present = np.bincount(labels, minlength=classes or 0)
-    if all_classes and (present == 0).any():
+    if every_class and (present == 0).any():
         empty = np.flatnonzero(present == 0)[:5].tolist()
         raise DataError(f"{where}: empty class, no images with label {', '.join(map(str, empty))}")
-    if len(present) < 2:
+    if every_class and len(present) < 2:
         raise DataError(f"{where} has one class only, a classifier needs at least two")
     return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
 
 
 def split_off(labels: Tensor, fraction: float, seed: int, label: str = "validation") -> tuple[Tensor, Tensor]:
-    """(kept, held out) sorted image numbers: ``fraction`` of each class, drawn by ``seed``, at least one kept each."""
+    """(kept, held out) sorted image numbers: ``fraction`` of each class, drawn by ``seed``, at least one kept
+    each.
+    """
     from .augment import stream
 
     if not 0 <= fraction < 1:

@@ -1,4 +1,6 @@
-"""Networks by name: ``build(name, classes)``, ``available()`` and the package's own trained ``pretrained(name)``."""
+"""Networks by name: ``build(name, classes)``, ``available()`` and the package's own trained
+``pretrained(name)``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ZOO = Path(__file__).parent / "zoo"
 
 
 def available() -> list[str]:
-    """Every name that ``build`` knows: the library's own, then torchvision's. timm's are written ``timm:NAME``."""
+    """Every name that ``build`` knows: the library's own, then torchvision's. timm's are written
+    ``timm:NAME``.
+    """
     return [*OWN, *torchvision_names()]
 
 
@@ -37,11 +41,12 @@ def build(
 ) -> nn.Module:
     """Build a classifier for ``classes`` classes (a count, or the list of their names).
 
-    name: ``resnet20|32|56`` (32x32 images, option-A shortcuts), ``cnn``, ``lstm``, a torchvision name (``resnet18`` or
-    ``torchvision:resnet18``) or ``timm:NAME``.
-    input_shape: (channels, height, width) of one input; ``cnn`` and ``lstm`` need it (default (1, 8, 8), the digits),
-    others use its channel count for their first convolution.
-    weights: a torchvision weight name (``DEFAULT``, ``IMAGENET1K_V1``) or a local file (safetensors or a state_dict).
+    name: ``resnet20|32|56`` (32x32 images, option-A shortcuts), ``cnn``, ``lstm``, a torchvision name
+    (``resnet18`` or ``torchvision:resnet18``) or ``timm:NAME``.
+    input_shape: (channels, height, width) of one input; ``cnn`` and ``lstm`` need it (default (1, 8, 8), the
+    digits), others use its channel count for their first convolution.
+    weights: a torchvision weight name (``DEFAULT``, ``IMAGENET1K_V1``) or a local file (safetensors or a
+    state_dict).
     new_head: keep a fresh last layer where the weights have another number of classes.
 
     Raises UnknownName, and DataError where weights do not fit.
@@ -52,8 +57,8 @@ def build(
     model, pretrained_classes = _construct(name, count, shape, hub, kw)
     if hub is not None and pretrained_classes != count and not new_head:
         raise DataError(
-            f"weights {hub!r} of {name} have {pretrained_classes} classes, but {count} are asked for: build with "
-            f"classes={pretrained_classes}, or pass new_head=True to start from a fresh last layer"
+            f"weights {hub!r} of {name} have {pretrained_classes} classes, but {count} are asked for: build "
+            f"with classes={pretrained_classes}, or pass new_head=True to start from a fresh last layer"
         )
     if file is not None:
         load_weights(model, file, new_head=new_head)
@@ -75,7 +80,9 @@ def pretrained(name: str) -> nn.Module:
         raise UnknownName(f"unknown pretrained network {name!r}; there are: {there}")
     state, meta = read_state_dict(files[name])
     if not {"name", "classes"} <= meta.keys():
-        raise DataError(f"{files[name]} has no 'name' and 'classes' in its header, so the network cannot be built")
+        raise DataError(
+            f"{files[name]} has no 'name' and 'classes' in its header, so the network cannot be built"
+        )
     channels = [int(n) for n in meta["input_shape"].split(",")] if meta.get("input_shape") else None
     model = build(meta["name"], int(meta["classes"]), input_shape=channels)
     return load_weights(model, state, source=name)
@@ -87,7 +94,9 @@ def _construct(
     """(model, number of classes that the torchvision/timm weights had)."""
     with _named(name):
         if name in OWN and hub is not None:
-            raise DataError(f"{name} has no weights named {hub!r} and no file of that name exists; give a local file")
+            raise DataError(
+                f"{name} has no weights named {hub!r} and no file of that name exists; give a local file"
+            )
         if name in DEPTHS:
             return CifarResNet(DEPTHS[name], classes, shape[0] if shape else 3, **kw), None
         if name == "cnn":
@@ -112,7 +121,9 @@ def _lstm_features(shape: tuple[int, ...]) -> int:
         return shape[0] * shape[2]  # rows are time steps
     if len(shape) == 2:
         return shape[1]
-    raise DataError(f"lstm takes images (channels, rows, columns) or sequences (steps, features), not shape {shape}")
+    raise DataError(
+        f"lstm takes images (channels, rows, columns) or sequences (steps, features), not shape {shape}"
+    )
 
 
 def _class_count(classes: int | Sequence[str]) -> int:

@@ -1,7 +1,8 @@
 """ResNet-20/32/56 for 32x32 images, with parameter-free (option A) shortcuts.
 
-Source: K. He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2. The parameter names
-(``conv1``, ``bn1``, ``layerL.B.convN``, ``layerL.B.bnN``, ``linear``) are those of the public CIFAR checkpoints.
+Source: K. He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2. The parameter
+names (``conv1``, ``bn1``, ``layerL.B.convN``, ``layerL.B.bnN``, ``linear``) are those of the public CIFAR
+checkpoints.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Stages of 16, 32 and 64 channels, ``blocks`` blocks each, global average pooling and one linear layer."""
+    """Stages of 16, 32, 64 channels with ``blocks`` blocks each, global average pooling, one linear layer."""
 
     def __init__(self, blocks: int, classes: int, channels: int = 3) -> None:
         super().__init__()

@@ -21,7 +21,12 @@ def torchvision_names() -> tuple[str, ...]:
 
 
 def build_torchvision(
-    name: str, classes: int, shape: tuple[int, ...] | None, weights: str | None, kw: dict[str, Any], own: Sequence[str]
+    name: str,
+    classes: int,
+    shape: tuple[int, ...] | None,
+    weights: str | None,
+    kw: dict[str, Any],
+    own: Sequence[str],
 ) -> tuple[nn.Module, int | None]:
     """(model, classes of the loaded weights or None). Raises UnknownName listing valid names."""
     import torchvision
@@ -45,7 +50,9 @@ def build_torchvision(
         entry = enum[weights]
     except KeyError:
         valid = ", ".join(entry.name for entry in enum)
-        raise UnknownName(f"{name} has no weights named {weights!r}; valid: {valid} (or a local file)") from None
+        raise UnknownName(
+            f"{name} has no weights named {weights!r}; valid: {valid} (or a local file)"
+        ) from None
     options.pop("init_weights", None)
     options.pop("aux_logits", None)
     known = len(entry.meta["categories"])
@@ -58,17 +65,25 @@ def build_torchvision(
 def build_timm(
     name: str, classes: int, shape: tuple[int, ...] | None, weights: str | None, kw: dict[str, Any]
 ) -> tuple[nn.Module, int | None]:
-    """A timm model; ``weights="DEFAULT"`` (or a timm tag) loads timm's. Raises DataError where timm is not installed."""
+    """A timm model; ``weights="DEFAULT"`` (or a timm tag) loads timm's. Raises DataError where timm is not
+    installed.
+    """
     try:
         import timm
     except ImportError:
-        raise DataError(f"model timm:{name} needs the package timm, which is not installed: pip install timm") from None
+        raise DataError(
+            f"model timm:{name} needs the package timm, which is not installed: pip install timm"
+        ) from None
     if name not in timm.list_models():
         close = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise UnknownName(f"timm {timm.__version__} has no model {name!r}; nearest: {', '.join(close) or 'none'}")
+        raise UnknownName(
+            f"timm {timm.__version__} has no model {name!r}; nearest: {', '.join(close) or 'none'}"
+        )
     full = name if weights in (None, "DEFAULT") else f"{name}.{weights}"
     channels = shape[0] if shape else 3
-    model = timm.create_model(full, pretrained=weights is not None, num_classes=classes, in_chans=channels, **kw)
+    model = timm.create_model(
+        full, pretrained=weights is not None, num_classes=classes, in_chans=channels, **kw
+    )
     return model, classes if weights is not None else None
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class SmallCNN(nn.Module):
     """Four 3x3 convolutions (two at full, two at half resolution) and one linear layer; for images >= 8x8.
 
-    ``norm=False`` leaves BatchNorm out (then every image is treated alone, so the mean gradient over a batch does
-    not depend on how the batch is spread over processes).
+    ``norm=False`` leaves BatchNorm out (then every image is treated alone, so the mean gradient over a batch
+    does not depend on how the batch is spread over processes).
     """
 
     def __init__(self, classes: int, channels: int = 1, width: int = 32, norm: bool = True) -> None:
@@ -40,8 +40,8 @@ def _conv(channels_in: int, channels: int, stride: int, norm: bool) -> tuple[nn.
 class LSTMClassifier(nn.Module):
     """LSTM over the rows of an image (one row = one time step), last state classified.
 
-    The input-to-hidden and hidden-to-hidden maps of the four gates (order i, f, g, o) are two ``nn.Linear`` so that
-    they can be decomposed like any other layer. A sequence (N, T, features) is accepted as well.
+    The input-to-hidden and hidden-to-hidden maps of the four gates (order i, f, g, o) are two ``nn.Linear``
+    so that they can be decomposed like any other layer. A sequence (N, T, features) is accepted as well.
     """
 
     def __init__(self, classes: int, features: int, hidden: int = 128) -> None:

@@ -1,4 +1,6 @@
-"""Weights from local files: safetensors, or a state_dict read with ``weights_only=True`` (no code is unpickled)."""
+"""Weights from local files: safetensors, or a state_dict read with ``weights_only=True`` (no code is
+unpickled).
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,20 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
-            with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, _safetensors_error()) as error:
-        raise DataError(f"{path} cannot be read as weights (safetensors or a plain state_dict): {error}") from error
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        pickle.UnpicklingError,
+        _safetensors_error(),
+    ) as error:
+        raise DataError(
+            f"{path} cannot be read as weights (safetensors or a plain state_dict): {error}"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -43,7 +54,8 @@ def load_weights(
     new_head: bool = False,
     source: str | None = None,
 ) -> nn.Module:
-    """Copy weights into ``model`` (half precision is upcast); returns the model. Nothing is copied where they do not fit.
+    """Copy weights into ``model`` (half precision is upcast); returns the model. Nothing is copied where they
+    do not fit.
 
     new_head: the last layer keeps its fresh values where only its shapes differ.
     Raises DataError naming missing, unexpected and differently shaped entries.
@@ -66,17 +78,20 @@ def load_weights(
         else:
             have, want = (len(table[differ[0]]) for table in (state, target))
             raise DataError(
-                f"{source}: the last layer {head!r} has {have} classes, the model {want}: build the model with "
+                f"{source}: the last layer {head!r} has {have} classes, the model {want}: build it with "
                 f"classes={have}, or pass new_head=True to start from a fresh last layer"
             )
     problems = [f"missing {_few(missing)}"] if missing else []
     problems += [f"unexpected {_few(unexpected)}"] if unexpected else []
     problems += [
-        f"{key} has shape {tuple(state[key].shape)}, the model {tuple(target[key].shape)}" for key in differ[:3]
+        f"{key} has shape {tuple(state[key].shape)}, the model {tuple(target[key].shape)}"
+        for key in differ[:3]
     ]
     if problems:
         raise DataError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    bad = [
+        key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
     if bad:
         raise DataError(f"{source} contains NaN or infinite values in {_few(bad)}")
     model.load_state_dict({**target, **{key: value.to(target[key].dtype) for key, value in state.items()}})

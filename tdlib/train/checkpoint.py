@@ -1,7 +1,8 @@
-"""One checkpoint file per directory: written atomically, verified when read, refused where it belongs elsewhere.
+"""One checkpoint file per directory: written atomically, verified when read, refused where it belongs
+elsewhere.
 
-File layout: a magic line, the SHA-256 of the payload, the payload (``torch.save`` of tensors and plain values, read
-with ``weights_only=True``, so no code is ever unpickled).
+File layout: a magic line, the SHA-256 of the payload, the payload (``torch.save`` of tensors and plain
+values, read with ``weights_only=True``, so no code is ever unpickled).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ MAGIC = b"tdlib-checkpoint-1\n"
 
 
 def prepare(directory: str | Path) -> Path:
-    """Create the directory, check that it can be written, remove remains of a killed write. Raises CheckpointError."""
+    """Create the directory, check that it can be written, remove remains of a killed write. Raises
+    CheckpointError.
+    """
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,7 @@ def read(directory: Path, identity: dict[str, str] | None = None) -> dict[str, A
             if saved.get(key) != identity.get(key)
         ]
         raise CheckpointError(f"{path} belongs to another run: it differs in {', '.join(differ)}; {advice}")
-    return state  # type: ignore[no-any-return]
+    return dict(state)
 
 
 def structure(model: nn.Module) -> str:

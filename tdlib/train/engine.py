@@ -19,7 +19,9 @@ from .hooks import Context
 
 @dataclass
 class Engine:
-    """Where and how a model is trained. ``net`` is what the loop calls: the model, compiled or wrapped for DDP."""
+    """Where and how a model is trained. ``net`` is what the loop calls: the model, compiled or wrapped for
+    DDP.
+    """
 
     accelerator: Accelerator
     device: torch.device
@@ -28,9 +30,16 @@ class Engine:
 
     @classmethod
     def start(
-        cls, model: nn.Module, device: str | torch.device | None, precision: str, channels_last: bool, compile: bool
+        cls,
+        model: nn.Module,
+        device: str | torch.device | None,
+        precision: str,
+        channels_last: bool,
+        compile: bool,
     ) -> Engine:
-        """Move the model to its device and set up Accelerate (one process, or those of ``accelerate launch``)."""
+        """Move the model to its device and set up Accelerate (one process, or those of ``accelerate
+        launch``).
+        """
         if precision not in ("no", "bf16"):
             raise UnknownName(f"unknown precision {precision!r}; valid: no, bf16")
         wanted = torch.device(device) if device is not None else None
@@ -165,13 +174,20 @@ class Progress:
             return
         if live:
             loss, correct, n = totals.tolist()
-            self.bar.set_postfix_str(f"epoch {ctx.epoch + 1}/{ctx.epochs} loss {loss / n:.3f} acc {100 * correct / n:.1f}%", refresh=False)
+            self.bar.set_postfix_str(
+                f"epoch {ctx.epoch + 1}/{ctx.epochs} loss {loss / n:.3f} acc {100 * correct / n:.1f}%",
+                refresh=False,
+            )
         self.bar.update(1)
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Show a finished epoch's metrics."""
         if self.bar is not None:
-            shown = [f"epoch {row['epoch'] + 1}", f"loss {row['train_loss']:.3f}", f"acc {row['train_accuracy']:.1f}%"]
+            shown = [
+                f"epoch {row['epoch'] + 1}",
+                f"loss {row['train_loss']:.3f}",
+                f"acc {row['train_accuracy']:.1f}%",
+            ]
             if "val_accuracy" in row:
                 shown.append(f"val {row['val_accuracy']:.1f}%")
             self.bar.set_postfix_str(" ".join(shown))

@@ -20,7 +20,8 @@ def evaluate(
     batch_size: int = 256,
     device: str | torch.device | None = None,
 ) -> dict[str, float]:
-    """``{"loss", "accuracy", "n"}`` over a whole split; accuracy in percent. Default device: where the model is.
+    """``{"loss", "accuracy", "n"}`` over a whole split; accuracy in percent. Default device: where the model
+    is.
 
     The model's training mode is left as it was. Raises DataError for an empty split.
     """
@@ -41,8 +42,8 @@ def agreement(
 ) -> dict[str, float]:
     """How far ``compressed`` answers like ``dense``.
 
-    ``agreement``: percent of inputs with the same top-1 class; ``kl``: mean KL divergence in nats of compressed's class
-    probabilities from dense's; ``n``.
+    ``agreement``: percent of inputs with the same top-1 class; ``kl``: mean KL divergence in nats of
+    compressed's class probabilities from dense's; ``n``.
     """
     where = _place(dense, device)
     _place(compressed, where)
@@ -69,10 +70,14 @@ def sums(
     world: int = 1,
     amp: contextlib.AbstractContextManager[object] | None = None,
 ) -> Tensor:
-    """(3,) on ``device``: summed loss, correct answers, images; of one process's share. No host synchronisation."""
+    """(3,) on ``device``: summed loss, correct answers, images; of one process's share. No host
+    synchronisation.
+    """
     totals = new_totals(device)
     with inference(model), amp or contextlib.nullcontext():
-        for x, y in data.batches(split, batch_size, device=device, rank=rank, world=world, shuffle=False, drop_last=False):
+        for x, y in data.batches(
+            split, batch_size, device=device, rank=rank, world=world, shuffle=False, drop_last=False
+        ):
             if len(y):
                 scores = model(x).float()
                 add(totals, F.cross_entropy(scores, y, reduction="sum"), scores, y)

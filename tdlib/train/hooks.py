@@ -15,8 +15,9 @@ from ..data import Bundle
 class Context:
     """The state of training that hooks see.
 
-    model: the unwrapped model. epoch counts from 0; step counts within the epoch, of ``steps``. row: this epoch's
-    metrics, complete in ``after_epoch`` (hooks may add columns; numbers or strings). rows: the finished epochs.
+    model: the unwrapped model. epoch counts from 0; step counts within the epoch, of ``steps``. row: this
+    epoch's metrics, complete in ``after_epoch`` (hooks may add columns; numbers or strings). rows: the
+    finished epochs.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Learning rates as a pure function of the position in training, so that a resumed run is on the same curve."""
+"""Learning rates as a pure function of the position in training, so a resumed run is on the same curve."""
 
 from __future__ import annotations
 
