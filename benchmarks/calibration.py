@@ -1,0 +1,37 @@
+"""Cost of the data-aware part: gathering the statistics of ResNet-18 against its forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+import tdlib
+
+from .kernels import resnet
+from .timing import Row, invert, measure
+
+TOPIC = "calibration"
+
+
+def rows(quick: bool, device: str) -> Iterator[Row]:
+    """Exact statistics of every convolution and linear layer, over several batches."""
+    side, batch, number = (96, 4, 1) if quick else (224, 16, 2)
+    model, source = resnet("resnet18")
+    model.to(device)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(batch, 3, side, side, generator=generator).to(device) for _ in range(number)]
+
+    @torch.inference_mode()
+    def passes() -> None:
+        for x in batches:
+            model(x)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def gather() -> None:
+        tdlib.statistics(model, batches)
+
+    row = Row(TOPIC, f"exact statistics, resnet18 at {side}x{side}, {number} x {batch} images", "statistics", "forward pass")
+    row.note, row.target, row.at_most = f"ratio: time of the statistics / time of the forward passes; {source}", 3.0, True
+    yield invert(measure(row, gather, passes, pairs=3 if quick else 7, seconds=20 if quick else 180))

@@ -1,0 +1,182 @@
+"""Time and error of decompositions: tdlib against TensorLy, one kernel at a time and all of a network."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorly as tl
+import torch
+from tensorly.decomposition import parafac, partial_tucker, tensor_train
+from torch import Tensor
+
+from tdlib.tensor import cp, linalg, matrix, tt, tucker
+
+from .kernels import convolutions, decaying_kernel, relative_error, resnet
+from .timing import Row, measure
+
+TOPIC = "decomposition"
+DEFAULT, BEST = "TensorLy, defaults", "TensorLy, best settings"
+TARGETS = {  # (peer, format): least ratio
+    (DEFAULT, "tucker2"): 7.0,
+    (BEST, "tucker2"): 3.0,
+    (DEFAULT, "cp"): 60.0,
+    (BEST, "cp"): 3.0,
+    (DEFAULT, "cp4"): 60.0,
+    (BEST, "cp4"): 3.0,
+}
+
+
+@contextlib.contextmanager
+def tensorly(einsum: bool) -> Iterator[None]:
+    """TensorLy on torch; with ``einsum`` its contractions by einsum, which is faster and needs less memory."""
+    backend, algebra = tl.get_backend(), tl.tenalg.get_backend()
+    tl.set_backend("pytorch")
+    tl.tenalg.set_backend("einsum" if einsum else "core")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        tl.set_backend(backend)
+        tl.tenalg.set_backend(algebra)
+
+
+def gram_svd(M: Tensor, n_eigenvecs: int | None = None, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """tdlib's Gram SVD in the form that TensorLy accepts as ``svd=``."""
+    return linalg.truncated_svd(M, n_eigenvecs or min(M.shape))
+
+
+def peer_tucker2(W: Tensor, rank: int, best: bool) -> Callable[[], Any]:
+    """TensorLy's partial Tucker; at its best with two sweeps (as tdlib), started from our Gram SVD."""
+    options: dict[str, Any] = {"svd": gram_svd, "n_iter_max": 2} if best else {}
+    return lambda: partial_tucker(W, rank=[rank, rank], modes=[0, 1], **options)[0]
+
+
+def peer_tt(T: Tensor, rank: int, best: bool) -> Callable[[], Any]:
+    """TensorLy's TT-SVD, at its best with our Gram SVD."""
+    options: dict[str, Any] = {"svd": gram_svd} if best else {}
+    return lambda: tensor_train(T, rank=[1, rank, rank, 1], **options)
+
+
+def peer_cp(T: Tensor, rank: int, best: bool, sweeps: int | None) -> Callable[[], Any]:
+    """TensorLy's CP-ALS; at its best with our Gram SVD for the start and the contractions by einsum."""
+    options: dict[str, Any] = {"svd": gram_svd} if best else {}
+    if sweeps is not None:
+        options["n_iter_max"] = sweeps
+    return lambda: parafac(T, rank=rank, random_state=0, **options)
+
+
+def kernel_rows(sizes: Sequence[int], seconds: float, slow: int) -> Iterator[Row]:
+    """One square 3x3 kernel per size, ranks a quarter of the channels (CP: half). Peers up to ``slow`` channels."""
+    for size in sizes:
+        W = decaying_kernel(size, size, seed=size)
+        low, rank = size // 4, size // 2
+        T = tt.conv_to_tt_tensor(W)
+        merged = W.flatten(2)
+        table: list[tuple[str, str, Tensor, Callable[[], Any], Callable[[Any], Tensor], Any]] = [
+            ("tucker2", f"ranks {low}", W, lambda W=W, r=low: tucker.tucker2(W, (r, r)),
+             lambda f: tucker.tucker2_compose(*f), lambda best, W=W, r=low: peer_tucker2(W, r, best)),
+            ("tt", f"ranks {low}", T, lambda T=T, r=low: tt.tt_svd(T, (r, r)),
+             tt.tt_compose, lambda best, T=T, r=low: peer_tt(T, r, best)),
+            ("cp", f"rank {rank}", merged, lambda W=W, r=rank: cp.cp3(W, r),
+             tl.cp_to_tensor, lambda best, T=merged, r=rank: peer_cp(T, r, best, None)),
+            ("cp4", f"rank {rank}", W, lambda W=W, r=rank: cp.cp4(W, r),
+             tl.cp_to_tensor, lambda best, T=W, r=rank: peer_cp(T, r, best, None)),
+        ]  # fmt: skip
+        for format, ranks, target, ours, compose, peer in table:
+            for best in (False, True):
+                if format.startswith("cp") and not best and size > slow:
+                    continue
+                label = BEST if best else DEFAULT
+                row = Row(TOPIC, f"{format}, {size}x{size}x3x3, {ranks}", "tdlib", label)
+                row.target = TARGETS.get((label, format))
+                theirs = peer(best)
+                with tensorly(einsum=best):
+                    row.error_a = relative_error(target, compose(ours()))
+                    row.error_b = relative_error(target, _compose_peer(format, theirs()))
+                    yield measure(row, ours, theirs, pairs=9, seconds=seconds, warm=False)
+
+
+def _compose_peer(format: str, found: Any) -> Tensor:
+    if format == "tucker2":
+        core, factors = found
+        return tucker.tucker2_compose(core, factors)
+    return tl.tt_to_tensor(found) if format == "tt" else tl.cp_to_tensor(found)
+
+
+def network_rows(names: Sequence[str], seconds: float) -> Iterator[Row]:
+    """All convolutions but the stem: Tucker-2 at half the channels for k > 1, SVD at half rank for 1x1."""
+    for name in names:
+        model, source = resnet(name)
+        weights = list(convolutions(model).values())
+        del model
+        for best in (False, True):
+            label = BEST if best else DEFAULT
+            row = Row(
+                TOPIC,
+                f"tucker2 and svd, all {len(weights)} convolutions of {name}",
+                "tdlib",
+                label,
+                note=source,
+            )
+            row.target = TARGETS[label, "tucker2"]
+            with tensorly(einsum=best):
+                row.error_a = _total_error(weights, [ours_layer(W) for W in weights])
+                row.error_b = _total_error(weights, [peer_layer(W, best) for W in weights])
+                yield measure(
+                    row,
+                    lambda weights=weights: [ours_factors(W) for W in weights],
+                    lambda weights=weights, best=best: [peer_factors(W, best) for W in weights],
+                    pairs=7, seconds=seconds, warm=False,
+                )  # fmt: skip
+
+
+def ours_factors(W: Tensor) -> Any:
+    """tdlib's factors of one convolution of the network rows."""
+    out, inp = W.shape[0], W.shape[1]
+    if W.shape[2] == 1:
+        return matrix.svd_factors(W.flatten(1), min(out, inp) // 2)
+    return tucker.tucker2(W, (out // 2, inp // 2))
+
+
+def ours_layer(W: Tensor) -> Tensor:
+    """The kernel that those factors stand for."""
+    found = ours_factors(W)
+    return (found[0] @ found[1]).reshape(W.shape) if W.shape[2] == 1 else tucker.tucker2_compose(*found)
+
+
+def peer_factors(W: Tensor, best: bool) -> Any:
+    """TensorLy's factors at the same ranks."""
+    out, inp = W.shape[0], W.shape[1]
+    if W.shape[2] == 1:
+        return tl.tenalg.svd_interface(
+            W.flatten(1), method=gram_svd if best else "truncated_svd", n_eigenvecs=min(out, inp) // 2
+        )
+    options: dict[str, Any] = {"svd": gram_svd, "n_iter_max": 2} if best else {}
+    return partial_tucker(W, rank=[out // 2, inp // 2], modes=[0, 1], **options)[0]
+
+
+def peer_layer(W: Tensor, best: bool) -> Tensor:
+    """The kernel that TensorLy's factors stand for."""
+    found = peer_factors(W, best)
+    if W.shape[2] == 1:
+        return ((found[0] * found[1]) @ found[2]).reshape(W.shape)
+    return tucker.tucker2_compose(*found)
+
+
+def _total_error(weights: Sequence[Tensor], approximations: Sequence[Tensor]) -> float:
+    off = sum(float((w - a).double().square().sum()) for w, a in zip(weights, approximations, strict=True))
+    return math.sqrt(off / sum(float(w.double().square().sum()) for w in weights))
+
+
+@torch.no_grad()
+def rows(quick: bool) -> Iterator[Row]:
+    """All rows of this topic."""
+    yield from kernel_rows(
+        (64, 128) if quick else (64, 128, 256, 512), 4 if quick else 30, 64 if quick else 512
+    )
+    yield from network_rows(("resnet18",) if quick else ("resnet18", "resnet50"), 10 if quick else 120)

@@ -1,0 +1,142 @@
+"""Forward time of compressed layers and networks: against dense, and against tensorly-torch at the same ranks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tdlib
+from tdlib.layers.formats import get_format
+
+from .kernels import decaying_kernel, resnet
+from .timing import Row, measure
+
+TOPIC = "latency"
+LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height = width: the four stages of a ResNet
+FORMATS = {"tucker2": 4, "tt": 4, "cp": 1}  # channels / rank
+PEER = "tensorly-torch, factorized"
+SHARE = 0.7  # a network's speed-up should be this part of its MACs ratio
+
+
+def conv_layer(channels: int) -> nn.Conv2d:
+    """A 3x3 convolution whose kernel has a decaying spectrum."""
+    layer = nn.Conv2d(channels, channels, 3, padding=1)
+    with torch.no_grad():
+        layer.weight.copy_(decaying_kernel(channels, channels, seed=channels))
+    return layer.eval()
+
+
+def ours(layer: nn.Conv2d, name: str, rank: int) -> nn.Module:
+    """tdlib's chain for one layer."""
+    entry = get_format(name)
+    ranks = (rank,) if name == "cp" else (rank, rank)
+    return entry.build(layer, entry.factorise(layer.weight.detach(), ranks)).eval()
+
+
+def peers(layer: nn.Conv2d, name: str, rank: int) -> nn.Module | None:
+    """tensorly-torch's layer at the same ranks, in its fast mode; None where it is not installed.
+
+    Its weights are left random: only its time is taken.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import tltorch
+    except ImportError:
+        return None
+    kinds: dict[str, tuple[str, Any]] = {
+        "tucker2": ("tucker", (rank, rank, 3, 3)),
+        "tt": ("tt", (1, rank, rank, rank, 1)),
+        "cp": ("cp", rank),
+    }
+    kind, ranks = kinds[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tltorch.FactorizedConv.from_conv(
+            layer, rank=ranks, factorization=kind, implementation="factorized", decompose_weights=False
+        ).eval()
+
+
+def forward(module: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """One forward pass that is finished when it returns."""
+    if x.is_cuda:
+
+        def run() -> None:
+            module(x)
+            torch.cuda.synchronize()
+
+        return run
+    return lambda: module(x)
+
+
+def layer_rows(quick: bool, device: str) -> Iterator[Row]:
+    """Chains against the dense layer and against tensorly-torch, batch 1 and 64."""
+    pairs, seconds = (5, 3.0) if quick else (31, 15.0)
+    for channels, side in LAYERS[:2] if quick else LAYERS:
+        dense = conv_layer(channels)
+        for batch in (1, 8) if quick else (1, 64):
+            x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+            for name, part in FORMATS.items():
+                rank = channels // part
+                small = ours(dense, name, rank).to(device)
+                macs = _macs(dense, (channels, side, side)) / _macs(small, (channels, side, side))
+                label = f"{name}, {channels} channels at {side}x{side}, rank {rank}, batch {batch}"
+                row = Row(TOPIC, label, "tdlib", "dense layer", extra={"macs_ratio": macs})
+                yield measure(
+                    row, forward(small, x), forward(copy.deepcopy(dense).to(device), x), pairs=pairs, seconds=seconds
+                )
+                other = peers(dense, name, rank)
+                row = Row(TOPIC, label, "tdlib", PEER, target=1.0)
+                if other is None:
+                    row.note = "peer not installed"
+                    yield row
+                else:
+                    yield measure(row, forward(small, x), forward(other.to(device), x), pairs=pairs, seconds=seconds)
+
+
+def network_rows(quick: bool, device: str) -> Iterator[Row]:
+    """Whole ResNet-18 at 3x fewer MACs against dense, both in their faster memory format."""
+    side, pairs, seconds = (96, 3, 10.0) if quick else (224, 15, 120.0)
+    shape = (3, side, side)
+    dense, source = resnet("resnet18")
+    for name, batch in (("tucker2", 1), ("tucker2", 16), ("tt", 16), ("tucker2", 64)):
+        if quick and batch != 16:
+            continue
+        plan = tdlib.plan(dense, shape, format=name, ratio=3.0, by="macs", skip=("conv1", "fc"))
+        small = tdlib.decompose(dense, plan).eval()
+        ratio = tdlib.count(dense, shape).macs / tdlib.count(small, shape).macs
+        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        a, form_a = _faster(small.to(device), x)
+        b, form_b = _faster(copy.deepcopy(dense).to(device), x)
+        row = Row(TOPIC, f"{name}, resnet18 at {side}x{side}, batch {batch}, {ratio:.2f}x MACs", "tdlib", "dense network")
+        row.note = f"{source}; memory format {form_a} / {form_b}"
+        row.extra = {"macs_ratio": ratio}
+        if batch == 16:
+            row.target = SHARE * ratio
+        yield measure(row, a, b, pairs=pairs, seconds=seconds)
+
+
+def _faster(module: nn.Module, x: Tensor) -> tuple[Callable[[], Any], str]:
+    """The module's pass in the memory format that is faster for it, chosen by a short interleaved measurement."""
+    plain = forward(module, x)
+    last = forward(
+        copy.deepcopy(module).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    )
+    row = measure(Row("", "", "", ""), plain, last, pairs=3, seconds=5.0)
+    return (plain, "contiguous") if row.ratio >= 1 else (last, "channels_last")
+
+
+def _macs(module: nn.Module, shape: tuple[int, ...]) -> int:
+    return tdlib.count(module.cpu(), shape).macs
+
+
+@torch.inference_mode()
+def rows(quick: bool, device: str) -> Iterator[Row]:
+    """All rows of this topic."""
+    yield from layer_rows(quick, device)
+    yield from network_rows(quick, device)

@@ -1,0 +1,83 @@
+"""The command line ``tdlib``: joins the commands of ``tdlib/commands`` and reports errors.
+
+Exit codes: 0 done; 1 started and failed; 2 wrong command line (unknown name, missing or existing file).
+An error is one line on stderr; ``--debug`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from tdlib.commands import book, compress, network, sweep
+from tdlib.commands.common import DebugOption, debugging, error_line, exit_code, reset
+
+EXAMPLES = """Compress neural networks by tensor decompositions.
+
+\b
+Examples:
+  tdlib methods
+  tdlib count resnet20 --classes 10 --input-shape 3,32,32
+  tdlib plan resnet20 --classes 10 --input-shape 3,32,32 --format tt --ratio 2.4
+  tdlib compress --help
+"""
+
+
+class OneLineErrors(TyperGroup):
+    """Runs a command; whatever it raises becomes one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            sys.exit(130)
+        except Exception as error:
+            code = exit_code(error)
+            if code is None or debugging():
+                raise
+            typer.echo(error_line(error), err=True)
+            sys.exit(code)
+        finally:
+            reset()
+
+
+app = typer.Typer(
+    name="tdlib",
+    cls=OneLineErrors,
+    help=EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(help=EXAMPLES)
+def main(debug: DebugOption = False) -> None:
+    """Options before the command."""
+
+
+NEED_ARGUMENTS = (compress.compress, network.count, network.plan, network.compare, book.run, sweep.sweep)
+
+for command in (
+    book.methods,
+    book.chapters,
+    book.run,
+    compress.compress,
+    network.compare,
+    network.count,
+    network.plan,
+    book.records,
+    sweep.sweep,
+):
+    kind = book.PairCommand if command is book.run else None
+    app.command(cls=kind, no_args_is_help=command in NEED_ARGUMENTS)(command)
+
+
+if __name__ == "__main__":
+    app()

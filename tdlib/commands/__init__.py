@@ -1,0 +1,1 @@
+"""The commands of ``tdlib``. Nothing here imports torch before a command runs, so that help stays fast."""

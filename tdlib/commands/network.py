@@ -1,0 +1,115 @@
+"""Look at networks: ``tdlib count``, ``tdlib plan``, ``tdlib compare``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import DebugOption, JsonOption, UsageError, open_model, parse_settings, shape_of
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model name (resnet20, torchvision:resnet18, timm:NAME) or a file.")
+]
+ClassesOption = Annotated[int, typer.Option(help="Number of classes of a model given by name.")]
+ShapeOption = Annotated[
+    str | None, typer.Option(help="One input: channels,height,width, for example 3,32,32.")
+]
+WeightsOption = Annotated[
+    str | None, typer.Option(help="Weights of a model given by name: a file or torchvision's name.")
+]
+ByOption = Annotated[str, typer.Option(help="What the ratio counts: params or macs.")]
+
+
+def count(
+    model: ModelArgument,
+    classes: ClassesOption = 10,
+    input_shape: ShapeOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Parameters and MACs of a network, layer by layer.
+
+    \b
+    Examples:
+      tdlib count resnet20 --classes 10 --input-shape 3,32,32
+      tdlib count dense.safetensors --input-shape 1,8,8
+    """
+    import tdlib
+
+    shape = parse_or_none(input_shape)
+    network = open_model(model, classes, input_shape=shape)
+    cost = tdlib.count(network, shape_of(network, input_shape))
+    typer.echo(cost.to_frame().to_json(orient="records") if as_json else str(cost))
+
+
+def plan(
+    model: ModelArgument,
+    ratio: Annotated[float, typer.Option(help="Dense / compressed; above 1 is smaller.")] = 2.0,
+    by: ByOption = "params",
+    format: Annotated[str, typer.Option(help="tt, tucker2, cp, cp4, svd, tr or tt-matrix.")] = "tt",
+    rule: Annotated[
+        str, typer.Option(help="How ranks are shared out: uniform, energy, evbmf or global.")
+    ] = "uniform",
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Layer name or pattern (layer4.*) that stays dense.")
+    ] = None,
+    classes: ClassesOption = 10,
+    input_shape: ShapeOption = None,
+    weights: WeightsOption = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of the format: key=value.")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The ranks that reach a ratio, and which layers stay dense and why; nothing is decomposed.
+
+    \b
+    Examples:
+      tdlib plan resnet20 --classes 10 --input-shape 3,32,32 --format tt --ratio 2.4
+      tdlib plan dense.safetensors --input-shape 1,8,8 --format tucker2 --ratio 2 --by macs --skip conv1
+    """
+    import tdlib
+
+    shape = parse_or_none(input_shape)
+    network = open_model(model, classes, weights=weights, input_shape=shape)
+    found = tdlib.plan(
+        network, shape_of(network, input_shape), format=format, ratio=ratio, by=by, rule=rule,
+        skip=tuple(skip or ()), **parse_settings(settings or ()),
+    )  # fmt: skip
+    typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
+
+
+def compare(
+    dense: Annotated[Path, typer.Argument(help="File of the dense network.")],
+    compressed: Annotated[Path, typer.Argument(help="File of the compressed network.")],
+    input_shape: ShapeOption = None,
+    batch: Annotated[int, typer.Option(help="Inputs per measured forward pass.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Forward passes that the median is taken of.")] = 20,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Parameters, MACs, bytes on disk and measured latency of two saved networks.
+
+    \b
+    Examples:
+      tdlib compare dense.safetensors small.safetensors --input-shape 1,8,8
+    """
+    import tdlib
+
+    if batch < 1 or repeats < 1:
+        raise UsageError("--batch and --repeats must be at least 1")
+    networks = [open_model(str(path)) for path in (dense, compressed)]
+    shape = shape_of(networks[0], input_shape)
+    result = tdlib.compare(*networks, shape, batch=batch, repeats=repeats)
+    typer.echo(result.to_frame().to_json(orient="records") if as_json else str(result))
+
+
+def parse_or_none(text: str | None) -> tuple[int, ...] | None:
+    """The written input shape, or None."""
+    from .common import parse_shape
+
+    return None if text is None else parse_shape(text)

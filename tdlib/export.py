@@ -1,0 +1,84 @@
+"""Write a network as ONNX, checked against PyTorch before the file gets its name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tdlib.errors import TdlibError
+from torch import nn
+
+TOLERANCE = 1e-3
+
+
+def to_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int], *, opset: int = 18) -> float:
+    """Export ``model`` (batch size free, weights inside the one file); the model is left as it was.
+
+    input_shape: one input without batch. The file is run by onnxruntime on random batches of 1 and 3 inputs.
+    Returns the largest difference from PyTorch's outputs, relative to their size (nan without onnxruntime).
+    Raises TdlibError where packages are missing, the export fails or outputs differ; no file is left then.
+    """
+    path = Path(path)
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise TdlibError(
+            "ONNX export needs more packages: pip install onnx onnxscript onnxruntime"
+        ) from error
+    network = _inference_copy(model)
+    example = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
+    handle, draft = tempfile.mkstemp(suffix=".onnx", prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        _export(network, example, draft, opset)
+        difference = _difference(network, draft, input_shape)
+        if difference > TOLERANCE:
+            raise TdlibError(f"the ONNX file computes something else: relative difference {difference:.1e}")
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+    return difference
+
+
+def _inference_copy(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model).cpu().float().eval()
+
+
+def _export(network: nn.Module, example: torch.Tensor, path: str, opset: int) -> None:
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        try:
+            torch.onnx.export(
+                network, (example,), path, dynamo=True, opset_version=opset, external_data=False,
+                verbose=False, input_names=["input"], output_names=["output"], dynamic_shapes=({0: batch},),
+            )  # fmt: skip
+        except Exception as error:  # the exporter raises many kinds
+            raise TdlibError(f"ONNX export failed: {str(error).splitlines()[0]}") from error
+
+
+def _difference(network: nn.Module, path: str, input_shape: Sequence[int]) -> float:
+    try:
+        import onnxruntime
+    except ImportError:
+        return float("nan")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch in (1, 3):
+        x = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(batch))
+        with torch.inference_mode():
+            expected = network(x)
+        found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)))
+    return worst
