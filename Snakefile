@@ -36,7 +36,7 @@ def cells(sweep):
     """Parameters of each cell of a sweep, by the cell's name: the product of its grid's lists."""
     grid = sweep["grid"]
     rows = (dict(zip(grid, values)) for values in product(*grid.values()))
-    return {"_".join(f"{k}-{v}" for k, v in row.items()): GIVEN | sweep.get("base", {}) | row for row in rows}
+    return {"_".join(f"{k}-{v}" for k, v in row.items()).replace("/", "-"): GIVEN | sweep.get("base", {}) | row for row in rows}
 
 
 SWEEP_FILE = config.get("sweeps", "book/sweeps.yml")

@@ -147,7 +147,8 @@ def execute(source: str | Path, output: str | Path, parameters: Mapping[str, Any
             name, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
             cell = f" in cell [{error.exec_count}]" if hasattr(error, "exec_count") else ""
             raise ChapterError(f"chapter {source.stem} failed{cell}: {name}: {text} ({where})") from error
-        _write(clean(nbformat.read(str(partial), as_version=4)), output)
+        if int(os.environ.get("RANK", "0")) == 0:  # under `accelerate launch` one process writes
+            _write(clean(nbformat.read(str(partial), as_version=4)), output)
     kept.unlink(missing_ok=True)
     return output
 

@@ -1,0 +1,236 @@
+"""The book's pages: stage the sources for Sphinx, generate tables and reference, refresh the README.
+
+``stage`` copies pages, configuration and static files to ``book/_build/src`` (the executed notebooks are
+there already) and writes what ``GENERATED`` names. A file is written only when its text changes: Sphinx then
+rebuilds only what changed. To add a generated piece, add a row to ``GENERATED`` and include
+``_generated/NAME.md`` in a page.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tdlib.chapters import BUILD, ROOT
+
+SRC = BUILD / "src"
+RESULTS = ROOT / "book" / "results"
+REPOSITORY = "https://github.com/tdlib/tdlib"
+BEGIN, END = "<!-- results:begin (python -m tdlib.chapters readme) -->", "<!-- results:end -->"
+
+#: Modules that are tools of the book rather than of its readers.
+_NO_REFERENCE = ("tdlib.chapters", "tdlib.pages", "tdlib.cli", "tdlib.commands", "tdlib.claims")
+
+
+def markdown_table(rows: Iterable[dict[str, Any]]) -> str:
+    """A markdown table of dicts; columns in the order of first appearance, missing values as a dash."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(_cell(row.get(column)) for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == "" or value != value:
+        return "–"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def saved_records(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
+    """(file, content) of every record under ``book/results``, by file name."""
+    folder = RESULTS if folder is None else folder
+    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.rglob("*.json"))]
+
+
+def status() -> str:
+    """The table "Reproduction status", computed from the ledger of claims and the records."""
+    from tdlib import claims
+
+    ledger = ROOT / "book" / "claims.yml"
+    if not ledger.is_file():
+        return "*The ledger of claims is empty.*"
+    judged = claims.judge_all(claims.load_claims(ledger), [record for _, record in saved_records()])
+    return claims.status_markdown(judged)
+
+
+#: What a record's row shows: heading -> keys looked up in parameters, then metrics, then the record itself.
+_SHOWN = {
+    "chapter": ("chapter",), "data": ("dataset",), "network": ("model",), "method": ("method",),
+    "format": ("format",), "asked ratio": ("ratio",), "seed": ("seed",), "epochs": ("epochs",),
+    "test accuracy (%)": ("test_accuracy", "accuracy", "accuracy_finetuned", "accuracy_after"),
+    "dense (%)": ("dense_accuracy", "accuracy_dense"), "scale": ("scale",),
+}
+
+
+def _record_row(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    places = (record.get("parameters", {}), record.get("metrics", {}), record)
+    link = f"{REPOSITORY}/blob/main/{path.relative_to(ROOT).as_posix()}"
+    row: dict[str, Any] = {"record": f"[{path.stem}]({link})"}
+    for heading, keys in _SHOWN.items():
+        row[heading] = next((place[k] for k in keys for place in places if place.get(k) is not None
+                             and not isinstance(place[k], dict | list)), None)
+    if isinstance(record.get("device"), dict):
+        row["device"] = record["device"].get("name") or record["device"].get("type")
+    elif record.get("device") is not None:
+        row["device"] = record["device"]
+    seconds = next((record[k] for k in ("wall_time", "wall_seconds", "seconds") if k in record), None)
+    row["minutes"] = None if seconds is None else round(float(seconds) / 60, 1)
+    commit = record.get("commit") or record.get("git_commit") or (record.get("git") or {}).get("commit")
+    row["commit"] = f"`{commit[:7]}`" if commit else None
+    return row
+
+
+def _without_empty(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    used = {key for row in rows for key, value in row.items() if value is not None}
+    return [{key: value for key, value in row.items() if key in used} for row in rows]
+
+
+def records() -> str:
+    """Every committed record as one markdown table."""
+    found = saved_records()
+    if not found:
+        return "*No record is committed yet.*"
+    return markdown_table(_without_empty([_record_row(path, record) for path, record in found]))
+
+
+def queue() -> str:
+    """The queue of paper-scale runs, as a section, where there is one."""
+    path = RESULTS / "QUEUE.md"
+    if not path.is_file():
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join("#" + line if line.startswith("#") else line for line in lines)  # one level down
+
+
+def chapter_map() -> str:
+    """Question and paper of every chapter that is staged, from ``book/map.yml``."""
+    rows = yaml.safe_load((ROOT / "book" / "map.yml").read_text(encoding="utf-8"))
+    return markdown_table(
+        {"Chapter": f"[](../notebooks/{name}.ipynb)", "Question": row["question"],
+         "Paper": f"{{cite:t}}`{row['paper']}`"}
+        for name, row in rows.items() if (SRC / "notebooks" / f"{name}.ipynb").is_file())
+
+
+def modules() -> list[str]:
+    """The library's modules that the reference describes, parents first."""
+    import tdlib
+
+    found = sorted(info.name for info in pkgutil.walk_packages(tdlib.__path__, "tdlib.")
+                   if not any(part.startswith("_") for part in info.name.split(".")))
+    return [name for name in found if not any(name == n or name.startswith(n + ".") for n in _NO_REFERENCE)]
+
+
+def _defined(module: Any) -> list[str]:
+    """Public functions and classes written in a module, in the order of its source."""
+    return [name for name, thing in vars(module).items() if not name.startswith("_") and callable(thing)
+            and getattr(thing, "__module__", None) == module.__name__ and hasattr(thing, "__qualname__")]
+
+
+def reference() -> str:
+    """The API page: the public names, then every module's functions and classes, from their docstrings."""
+    import tdlib
+
+    documented, lines = modules(), []
+    for name in getattr(tdlib, "__all__", []):
+        thing = getattr(tdlib, name)
+        first = ((thing.__doc__ or "").strip().splitlines() or [""])[0]
+        home = getattr(thing, "__module__", None)
+        link = f"`tdlib.{name}`"
+        if home in documented and hasattr(thing, "__qualname__"):
+            link = f"{{py:obj}}`tdlib.{name} <{home}.{thing.__qualname__}>`"
+        lines.append(f"- {link}: {first}")
+    parts = ["# API reference", "Generated from the docstrings. The names under `tdlib` are the stable "
+             "ones; the modules below are theirs and what they are made of.", "## `tdlib`", "\n".join(lines)]
+    for name in documented:
+        module = importlib.import_module(name)
+        members = _defined(module)
+        if members:
+            body = [f".. automodule:: {name}", "   :no-members:", ""]
+            for member in members:
+                kind = "autoclass" if isinstance(getattr(module, member), type) else "autofunction"
+                options = ["   :members:"] if kind == "autoclass" else []
+                body += [f".. {kind}:: {name}.{member}", *options, ""]
+            parts.append(f"## `{name}`\n\n```{{eval-rst}}\n" + "\n".join(body).rstrip() + "\n```")
+    return "\n\n".join(parts)
+
+
+#: Generated pieces: path in the staged ``book`` folder -> function that gives its markdown.
+GENERATED: dict[str, Callable[[], str]] = {
+    "_generated/status.md": status,
+    "_generated/map.md": chapter_map,
+    "_generated/records.md": records,
+    "_generated/queue.md": queue,
+    "api.md": reference,
+}
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file only when its content changes, so that its time stamp stays where nothing changed."""
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def _toc() -> str:
+    """The table of contents without chapters that this build does not contain."""
+    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    for part in toc["parts"]:
+        part["chapters"] = [row for row in part["chapters"] if not row["file"].startswith("notebooks/")
+                            or (SRC / f"{row['file']}.ipynb").is_file()]
+    toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
+    return yaml.safe_dump(toc, sort_keys=False)
+
+
+def _mathjax(target: Path) -> None:
+    """Copy MathJax and its fonts from the package that carries it: the book asks nothing of the network."""
+    package = importlib.import_module("sphinx-mathjax-offline")
+    source = Path(str(package.__file__)).parent / "static" / "mathjax"
+    for path in [source / "tex-chtml-full.js", *sorted((source / "output/chtml/fonts").rglob("*.woff"))]:
+        _put(target / path.relative_to(source), path.read_bytes())
+
+
+def stage() -> Path:
+    """Bring everything but the executed notebooks to ``book/_build/src``; returns that folder."""
+    book = ROOT / "book"
+    _put(SRC / "_config.yml", (ROOT / "_config.yml").read_bytes())
+    _put(SRC / "_toc.yml", _toc().encode())
+    wanted = [path for folder in ("images", "static") for path in (book / folder).rglob("*")
+              if path.is_file() and path.suffix != ".py"]
+    for path in [*book.glob("*.md"), *book.glob("*.bib"), *wanted]:
+        _put(SRC / "book" / path.relative_to(book), path.read_bytes())
+    for name, make in GENERATED.items():
+        _put(SRC / "book" / name, (make() + "\n").encode())
+    present = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    for path in (SRC / "notebooks").glob("*.ipynb"):  # chapters that were removed or renamed
+        if path.stem not in present:
+            path.unlink()
+    _mathjax(SRC / "_static" / "mathjax")
+    return SRC
+
+
+def readme_table() -> str:
+    """The README's table: the reproduction status, or a line that says that nothing has been recorded."""
+    return status()
+
+
+def update_readme(*, check: bool = False) -> bool:
+    """Put the generated table between the README's markers; with ``check`` only say if it is up to date."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    fresh = f"{before}{BEGIN}\n\n{readme_table()}\n\n{END}{after}"
+    if fresh == text or check:
+        return fresh == text
+    path.write_text(fresh, encoding="utf-8")
+    return True
+
