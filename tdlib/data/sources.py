@@ -123,9 +123,9 @@ def _download(name: str, folder: Path, file: Path, both: Callable[[bool], list[A
         return both(True)
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"{name} was not found: looked for {file} and torchvision's files under {folder}, and the download "
-            f"failed ({type(error).__name__}: {error}). Set TDLIB_DATA (or root=, data_dir=) to a folder that "
-            f"holds them, or run once with network access; an .npz needs the arrays train_images, "
+            f"{name} was not found: looked for {file} and torchvision's files under {folder}, and "
+            f"downloading failed ({type(error).__name__}: {error}). Set TDLIB_DATA (or root=, data_dir=) "
+            f"to a folder that holds them, or run once with network access; an .npz needs the arrays train_images, "
             f"train_labels, test_images and test_labels"
         ) from error
 
