@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--quick] [--only TOPIC ...]``: measure, print, write ``benchmarks/results.json``."""
+"""``python -m benchmarks [--quick] [--only TOPIC]``: measure, print, write ``benchmarks/results.json``."""
 
 from __future__ import annotations
 

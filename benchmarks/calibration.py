@@ -32,6 +32,15 @@ def rows(quick: bool, device: str) -> Iterator[Row]:
     def gather() -> None:
         tdlib.statistics(model, batches)
 
-    row = Row(TOPIC, f"exact statistics, resnet18 at {side}x{side}, {number} x {batch} images", "statistics", "forward pass")
-    row.note, row.target, row.at_most = f"ratio: time of the statistics / time of the forward passes; {source}", 3.0, True
+    row = Row(
+        TOPIC,
+        f"exact statistics, resnet18 at {side}x{side}, {number} x {batch} images",
+        "statistics",
+        "forward pass",
+    )
+    row.note, row.target, row.at_most = (
+        f"ratio: time of the statistics / time of the forward passes; {source}",
+        3.0,
+        True,
+    )
     yield invert(measure(row, gather, passes, pairs=3 if quick else 7, seconds=20 if quick else 180))

@@ -32,7 +32,7 @@ TARGETS = {  # (peer, format): least ratio
 
 @contextlib.contextmanager
 def tensorly(einsum: bool) -> Iterator[None]:
-    """TensorLy on torch; with ``einsum`` its contractions by einsum, which is faster and needs less memory."""
+    """TensorLy on torch; with ``einsum`` its contractions by einsum: faster, less memory."""
     backend, algebra = tl.get_backend(), tl.tenalg.get_backend()
     tl.set_backend("pytorch")
     tl.tenalg.set_backend("einsum" if einsum else "core")
@@ -71,7 +71,7 @@ def peer_cp(T: Tensor, rank: int, best: bool, sweeps: int | None) -> Callable[[]
 
 
 def kernel_rows(sizes: Sequence[int], seconds: float, slow: int) -> Iterator[Row]:
-    """One square 3x3 kernel per size, ranks a quarter of the channels (CP: half). Peers up to ``slow`` channels."""
+    """One square 3x3 kernel per size, ranks C / 4 (CP: C / 2); CP's slow peer up to ``slow`` channels."""
     for size in sizes:
         W = decaying_kernel(size, size, seed=size)
         low, rank = size // 4, size // 2

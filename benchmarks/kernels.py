@@ -14,7 +14,7 @@ EXPONENT = 0.7  # singular values of both channel modes fall as k ** -0.7
 def decaying_kernel(
     out: int, inp: int, side: int = 3, *, seed: int = 0, exponent: float = EXPONENT
 ) -> Tensor:
-    """Random (out, inp, side, side) kernel with a power-law spectrum on both channel modes, scaled like Kaiming's."""
+    """Random (out, inp, side, side) kernel, power-law spectrum on both channel modes, Kaiming's scale."""
     generator = torch.Generator().manual_seed(seed)
     core = torch.randn(out, inp, side * side, generator=generator)
     for mode, size in ((0, out), (1, inp)):
@@ -28,8 +28,8 @@ def decaying_kernel(
 def resnet(name: str, *, seed: int = 0) -> tuple[nn.Module, str]:
     """torchvision's network with weights and a sentence on where they come from.
 
-    TDLIB_WEIGHTS may name a file of trained ResNet-18 weights; without it, and for ResNet-50, every convolution gets
-    a decaying kernel.
+    TDLIB_WEIGHTS may name a file of trained ResNet-18 weights; without it, and for ResNet-50, every
+    convolution gets a decaying kernel.
     """
     import tdlib
 

@@ -1,4 +1,4 @@
-"""Forward time of compressed layers and networks: against dense, and against tensorly-torch at the same ranks."""
+"""Forward time of compressed layers and networks, against dense and against tensorly-torch at equal ranks."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def layer_rows(quick: bool, device: str) -> Iterator[Row]:
     for channels, side in LAYERS[:2] if quick else LAYERS:
         dense = conv_layer(channels)
         for batch in (1, 8) if quick else (1, 64):
-            x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+            x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0)).to(
+                device
+            )
             for name, part in FORMATS.items():
                 rank = channels // part
                 small = ours(dense, name, rank).to(device)
@@ -88,7 +90,11 @@ def layer_rows(quick: bool, device: str) -> Iterator[Row]:
                 label = f"{name}, {channels} channels at {side}x{side}, rank {rank}, batch {batch}"
                 row = Row(TOPIC, label, "tdlib", "dense layer", extra={"macs_ratio": macs})
                 yield measure(
-                    row, forward(small, x), forward(copy.deepcopy(dense).to(device), x), pairs=pairs, seconds=seconds
+                    row,
+                    forward(small, x),
+                    forward(copy.deepcopy(dense).to(device), x),
+                    pairs=pairs,
+                    seconds=seconds,
                 )
                 other = peers(dense, name, rank)
                 row = Row(TOPIC, label, "tdlib", PEER, target=1.0)
@@ -96,7 +102,9 @@ def layer_rows(quick: bool, device: str) -> Iterator[Row]:
                     row.note = "peer not installed"
                     yield row
                 else:
-                    yield measure(row, forward(small, x), forward(other.to(device), x), pairs=pairs, seconds=seconds)
+                    yield measure(
+                        row, forward(small, x), forward(other.to(device), x), pairs=pairs, seconds=seconds
+                    )
 
 
 def network_rows(quick: bool, device: str) -> Iterator[Row]:
@@ -113,7 +121,12 @@ def network_rows(quick: bool, device: str) -> Iterator[Row]:
         x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         a, form_a = _faster(small.to(device), x)
         b, form_b = _faster(copy.deepcopy(dense).to(device), x)
-        row = Row(TOPIC, f"{name}, resnet18 at {side}x{side}, batch {batch}, {ratio:.2f}x MACs", "tdlib", "dense network")
+        row = Row(
+            TOPIC,
+            f"{name}, resnet18 at {side}x{side}, batch {batch}, {ratio:.2f}x MACs",
+            "tdlib",
+            "dense network",
+        )
         row.note = f"{source}; memory format {form_a} / {form_b}"
         row.extra = {"macs_ratio": ratio}
         if batch == 16:
@@ -122,7 +135,7 @@ def network_rows(quick: bool, device: str) -> Iterator[Row]:
 
 
 def _faster(module: nn.Module, x: Tensor) -> tuple[Callable[[], Any], str]:
-    """The module's pass in the memory format that is faster for it, chosen by a short interleaved measurement."""
+    """The pass in the memory format that is faster for this module, by a short interleaved measurement."""
     plain = forward(module, x)
     last = forward(
         copy.deepcopy(module).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)

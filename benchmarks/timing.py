@@ -14,7 +14,7 @@ Run = Callable[[], Any]
 
 @dataclass
 class Row:
-    """One comparison. ``ratio`` = B's time / A's time (so above 1: A is faster), unless ``what`` says otherwise."""
+    """One comparison. ``ratio`` = B's time / A's time (above 1: A is faster); the note says where not."""
 
     topic: str
     name: str

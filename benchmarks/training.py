@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import tdlib
 from tdlib.data import ArraySplit, Bundle
@@ -32,5 +32,159 @@ def images(number: int) -> Bundle:
     from tdlib.data import Augment
 
     return Bundle(
-        "random", [str(i) for i in range(10)], MEAN, STD, (3, 32, 32), *splits, augment=Augment(pad=4, flip=True)
+        "random",
+        [str(i) for i in range(10)],
+        MEAN,
+        STD,
+        (3, 32, 32),
+        *splits,
+        augment=Augment(pad=4, flip=True),
     )
+
+
+class Clock(tdlib.train.Hook):
+    """Times of the ends of steps, without the first ones (warm-up, compilation, starting workers)."""
+
+    def __init__(self, skip: int, device: str) -> None:
+        self.skip, self.cuda, self.ends = skip, device.startswith("cuda"), []
+
+    def after_step(self, ctx: Any) -> None:
+        last = ctx.step + 1 >= ctx.steps
+        if self.cuda and not (last or len(self.ends) == self.skip):
+            self.ends.append(float("nan"))  # no synchronisation inside the epoch
+            return
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def per_step(self) -> float:
+        """Mean seconds of a step after the first ``skip``."""
+        return (self.ends[-1] - self.ends[self.skip]) / (len(self.ends) - 1 - self.skip)
+
+
+def fresh(seed: int = 0) -> nn.Module:
+    """ResNet-20 for ten classes."""
+    torch.manual_seed(seed)
+    return tdlib.models.build("resnet20", 10)
+
+
+def library_step(data: Bundle, batch: int, device: str, hooks: tuple[Any, ...] = (), **options: Any) -> float:
+    """Seconds per step of ``train.fit`` over one epoch of ``data``."""
+    clock = Clock(2, device)
+    tdlib.train.fit(
+        fresh(), data, epochs=1, batch_size=batch, hooks=(*hooks, clock), device=device,
+        progress=False, validate=False, **options,
+    )  # fmt: skip
+    return clock.per_step()
+
+
+def plain_step(data: Bundle, batch: int, device: str, workers: int) -> float:
+    """Seconds per step of the ordinary loop: torchvision transforms, DataLoader, eager float32."""
+    from torchvision import transforms
+
+    pipeline = transforms.Compose([
+        transforms.ToPILImage(), transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(), transforms.Normalize(MEAN, STD),
+    ])  # fmt: skip
+
+    class Images(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return len(data.train)
+
+        def __getitem__(self, i: int) -> Any:
+            return pipeline(data.train.images[i].permute(2, 0, 1)), int(data.train.labels[i])
+
+    loader = DataLoader(Images(), batch, shuffle=True, num_workers=workers, drop_last=True)
+    model = fresh().to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    ends, total = [], 0.0
+    for x, y in loader:
+        x, y = x.to(device), y.to(device)
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+        ends.append(time.perf_counter())
+    return (ends[-1] - ends[2]) / (len(ends) - 3)
+
+
+def alternate(row: Row, a: Callable[[], float], b: Callable[[], float], pairs: int) -> Row:
+    """Fill ``row`` from runs that time themselves, alternately."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 else (1, 0):
+            times[which].append((a, b)[which]())
+    return fill(row, *times)
+
+
+def admm_rows(quick: bool, device: str) -> Iterator[Row]:
+    """ADMM's epoch against a plain epoch of ResNet-20, for three formats."""
+    batch, steps, pairs = (32, 6, 2) if quick else (128, 12, 7)
+    if device.startswith("cuda"):
+        steps, pairs = EPOCH_STEPS, 5
+    data = images(batch * steps)
+    plan_model = fresh()
+    for format in ("tt", "tucker2", "tr"):
+        plan = tdlib.plan(plan_model, (3, 32, 32), format=format, ratio=2.4, skip=("conv1", "linear"))
+        projections: list[float] = []
+
+        def epoch(plan: Any = plan, projections: list[float] = projections) -> float:
+            hook = ADMM(plan, rho=1e-3)
+            step = library_step(data, batch, device, (hook,))
+            started = time.perf_counter()
+            hook.update()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            projections.append(time.perf_counter() - started)
+            return step * EPOCH_STEPS + projections[-1]
+
+        row = Row(
+            TOPIC,
+            f"ADMM ({format}, 2.4x) epoch of resnet20, {EPOCH_STEPS} steps of {batch}",
+            "ADMM",
+            "plain epoch",
+        )
+        row.target, row.at_most = 1.05, True
+        alternate(row, epoch, lambda: library_step(data, batch, device) * EPOCH_STEPS, pairs)
+        row.ratio, row.quartiles = 1 / row.ratio, (1 / row.quartiles[1], 1 / row.quartiles[0])
+        share = statistics.median(projections) * 1e3 / row.b_ms
+        row.extra = {"projection_share_percent": 100 * share}
+        row.note = (
+            f"ratio: ADMM's epoch / plain epoch, from {steps} measured steps of each and one "
+            f"measured projection of all layers, which takes {100 * share:.2f} % of the epoch"
+        )
+        yield row
+
+
+def step_rows(quick: bool, device: str) -> Iterator[Row]:
+    """``fit`` against the ordinary loop."""
+    import os
+
+    batch, steps, pairs = (32, 6, 2) if quick else (128, 12, 5)
+    cuda = device.startswith("cuda")
+    if cuda:
+        steps, pairs = EPOCH_STEPS, 3
+    data = images(batch * steps)
+    workers = 8 if cuda else min(2, os.cpu_count() or 1)
+    options: dict[str, Any] = {"precision": "bf16", "compile": True} if cuda else {}
+    row = Row(
+        TOPIC,
+        f"training step of resnet20, batch {batch}, {device}",
+        "tdlib.train.fit",
+        "DataLoader loop, eager",
+    )
+    row.target = 10.0 if cuda else 1.0
+    row.note = f"the ordinary loop has {workers} workers"
+    yield alternate(
+        row,
+        lambda: library_step(data, batch, device, **options),
+        lambda: plain_step(data, batch, device, workers),
+        pairs,
+    )
+
+
+def rows(quick: bool, device: str) -> Iterator[Row]:
+    """All rows of this topic."""
+    yield from admm_rows(quick, device)
+    yield from step_rows(quick, device)

@@ -187,7 +187,7 @@ def _start(job: Job, folder: Path, device: str, per_device: int, log: IO[bytes])
     command = [
         sys.executable, "-m", "tdlib.chapters", "run", str(chapters.notebook(job.chapter)),
         "--output", str(job.notebook(folder).resolve()),
-        "--failed", str((folder / "failed" / job.sweep).resolve()),
+        "--failed", str((folder / "failed" / job.sweep / job.cell).resolve()),
         "--records", str(cell.resolve()),
         *(part for name, value in parameters.items() for part in ("-p", f"{name}={_text(value)}")),
     ]  # fmt: skip
