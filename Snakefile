@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-BUILD, SRC, SWEEPS = "book/_build", "book/_build/src", "runs/sweeps"
+BUILD, SWEEPS = "book/_build", "runs/sweeps"
 PARAMETERS = ("profile", "dataset", "model", "data_dir", "seed", "device")
 ALL = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 CHAPTERS = str(config["chapters"]).split(",") if "chapters" in config else ALL
@@ -24,6 +24,7 @@ LIBRARY = sorted(str(p) for p in Path("tdlib").rglob("*.py") if p.name not in ("
 PAGES = sorted(str(p) for p in Path("book").glob("*.*") if p.is_file()) + sorted(
     str(p) for folder in ("images", "results", "static") for p in Path("book", folder).rglob("*") if p.is_file())
 PYTHON = shlex.quote(sys.executable)
+JUPYTER_BOOK = shlex.quote(str(Path(sys.executable).with_name("jupyter-book")))
 GIVEN = {"profile": "quick"} | {k: config[k] for k in PARAMETERS if config.get(k) not in (None, "")}
 SHARE = max(1, (workflow.cores or 8) // 2)  # threads of a chapter: two run side by side
 
@@ -51,17 +52,17 @@ wildcard_constraints:
 
 rule book:
     input:
-        chapters=expand(SRC + "/notebooks/{chapter}.ipynb", chapter=CHAPTERS),
+        chapters=expand(BUILD + "/executed/{chapter}.ipynb", chapter=CHAPTERS),
         library=[*LIBRARY, "tdlib/pages.py"], pages=PAGES, config="_config.yml",
     output: BUILD + "/html/index.html",
     shell:
         PYTHON + " -m tdlib.chapters stage && "
-        + PYTHON + " -m jupyter_book build {SRC} --path-output book -q -W -n --keep-going"
+        + JUPYTER_BOOK + " build {BUILD}/src --path-output book -q -W -n --keep-going"
 
 
 rule chapter:
     input: notebook="notebooks/{chapter}.ipynb", library=LIBRARY,
-    output: SRC + "/notebooks/{chapter}.ipynb",
+    output: BUILD + "/executed/{chapter}.ipynb",
     params: given=arguments(GIVEN),
     threads: SHARE
     shell:

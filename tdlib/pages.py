@@ -1,7 +1,7 @@
 """The book's pages: stage the sources for Sphinx, generate tables and reference, refresh the README.
 
-``stage`` copies pages, configuration and static files to ``book/_build/src`` (the executed notebooks are
-there already) and writes what ``GENERATED`` names. A file is written only when its text changes: Sphinx then
+``stage`` copies pages, executed notebooks, configuration and static files to ``book/_build/src`` and writes
+what ``GENERATED`` names. A file is written only when its text changes: Sphinx then
 rebuilds only what changed. To add a generated piece, add a row to ``GENERATED`` and include
 ``_generated/NAME.md`` in a page.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from tdlib.chapters import BUILD, ROOT
+from tdlib.chapters import BUILD, NOTEBOOKS, ROOT
 
 SRC = BUILD / "src"
 RESULTS = ROOT / "book" / "results"
@@ -198,9 +198,26 @@ def _mathjax(target: Path) -> None:
         _put(target / path.relative_to(source), path.read_bytes())
 
 
+def _notebooks() -> None:
+    """Stage every chapter: executed where a build has run it, else without outputs and saying so."""
+    import nbformat
+
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        executed = BUILD / "executed" / path.name
+        nb = nbformat.read(str(executed if executed.is_file() else path), as_version=4)
+        if not executed.is_file():
+            text = "```{note}\nThis chapter was not run in this build.\n```"
+            nb.cells.insert(1, nbformat.v4.new_markdown_cell(text, id="note"))
+        _put(SRC / "notebooks" / path.name, nbformat.writes(nb).encode())
+    for path in (SRC / "notebooks").glob("*.ipynb"):  # chapters that were removed or renamed
+        if not (NOTEBOOKS / path.name).is_file():
+            path.unlink()
+
+
 def stage() -> Path:
-    """Bring everything but the executed notebooks to ``book/_build/src``; returns that folder."""
+    """Bring everything that Sphinx reads to ``book/_build/src``; returns that folder."""
     book = ROOT / "book"
+    _notebooks()
     _put(SRC / "_config.yml", (ROOT / "_config.yml").read_bytes())
     _put(SRC / "_toc.yml", _toc().encode())
     wanted = [path for folder in ("images", "static") for path in (book / folder).rglob("*")
@@ -209,10 +226,6 @@ def stage() -> Path:
         _put(SRC / "book" / path.relative_to(book), path.read_bytes())
     for name, make in GENERATED.items():
         _put(SRC / "book" / name, (make() + "\n").encode())
-    present = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
-    for path in (SRC / "notebooks").glob("*.ipynb"):  # chapters that were removed or renamed
-        if path.stem not in present:
-            path.unlink()
     _mathjax(SRC / "_static" / "mathjax")
     return SRC
 
