@@ -8,7 +8,7 @@
 Any key of PARAMETERS given by --config is handed to the notebooks that declare it. A job is repeated
 when its notebook, the library or its parameters changed, and not otherwise.
 """
-import os
+import json
 import shlex
 import sys
 from itertools import product
@@ -30,7 +30,8 @@ SHARE = max(1, (workflow.cores or 8) // 2)  # threads of a chapter: two run side
 
 
 def arguments(values):
-    return " ".join(f"-p {shlex.quote(f'{name}={value}')}" for name, value in values.items())
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return " ".join(f"-p {shlex.quote(f'{name}={text}')}" for name, text in texts.items())
 
 
 def cells(sweep):

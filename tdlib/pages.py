@@ -9,7 +9,6 @@ rebuilds only what changed. To add a generated piece, add a row to ``GENERATED``
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -46,9 +45,11 @@ def _cell(value: Any) -> str:
 
 
 def saved_records(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
-    """(file, content) of every record under ``book/results``, by file name."""
+    """(file, content) of every record under ``book/results``, by file name, checked."""
+    from tdlib.records import read_record
+
     folder = RESULTS if folder is None else folder
-    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.rglob("*.json"))]
+    return [(path, read_record(path)) for path in sorted(folder.rglob("*.json"))]
 
 
 def status() -> str:
@@ -78,14 +79,9 @@ def _record_row(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     for heading, keys in _SHOWN.items():
         row[heading] = next((place[k] for k in keys for place in places if place.get(k) is not None
                              and not isinstance(place[k], dict | list)), None)
-    if isinstance(record.get("device"), dict):
-        row["device"] = record["device"].get("name") or record["device"].get("type")
-    elif record.get("device") is not None:
-        row["device"] = record["device"]
-    seconds = next((record[k] for k in ("wall_time", "wall_seconds", "seconds") if k in record), None)
-    row["minutes"] = None if seconds is None else round(float(seconds) / 60, 1)
-    commit = record.get("commit") or record.get("git_commit") or (record.get("git") or {}).get("commit")
-    row["commit"] = f"`{commit[:7]}`" if commit else None
+    row["device"] = record["device"]["name"]
+    row["minutes"] = None if record["wall_seconds"] is None else round(record["wall_seconds"] / 60, 1)
+    row["commit"] = f"`{record['git']['commit'][:7]}`" if record["git"] else None
     return row
 
 
