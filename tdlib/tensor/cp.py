@@ -1,0 +1,175 @@
+"""CP (canonical polyadic) decomposition: Tucker first, then accelerated alternating least squares on the small core.
+
+A kernel of CP rank R lives in subspaces of at most R dimensions per mode, so ALS runs on a core of at most 2R per mode
+and costs little per sweep. Between sweeps the factors are extrapolated, and a sweep that does not lower the objective
+is taken back. Objective: ||T - That||² + ridge Σ_r w_r² with w_r the norms of the rank-one terms; the ridge
+keeps terms from growing without bound against each other (the best CP of a kernel need not exist).
+
+Sources: Kolda and Bader 2009, section 3.4 (ALS); Bro and Andersson 1998 (compression); Ang et al. 2020
+(arXiv 2001.04321) for extrapolation with restarts. Phan et al. 2020 (arXiv 2008.05441) on degenerate kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tensorly.cp_tensor import CPTensor
+from torch import Tensor
+
+from tdlib.errors import RankError
+from tdlib.tensor.linalg import check_ranks, full_precision, leading_left, working
+
+SWEEPS = 100
+TOL = 1e-5  # stop when a sweep lowers the relative error by less
+RIDGE = 1e-6
+
+
+@full_precision
+def cp_als(
+    T: Tensor,
+    rank: int,
+    sweeps: int = SWEEPS,
+    tol: float = TOL,
+    seed: int = 0,
+    ridge: float = RIDGE,
+    trace: list[float] | None = None,
+) -> CPTensor:
+    """CP of T (n_1, ..., n_d), d ≥ 2, at `rank`, cut to the product of all modes but the longest (exact there).
+
+    Returns unit weights (R,) and factors (n_k, R); every rank-one term is spread evenly over its d columns. At most
+    `sweeps` sweeps, ended earlier when one lowers the relative error by less than `tol`. `seed` fills columns that
+    the singular vectors do not. `ridge` is relative to ||T||². `trace` receives the root of the relative objective
+    (for ridge 0 the relative error) after every accepted sweep; it never rises. Not for vmap. Raises: RankError.
+    """
+    if T.ndim < 2:
+        raise RankError(f"CP needs at least two modes, got shape {tuple(T.shape)}")
+    (rank,) = check_ranks(rank, 1, "cp_als")
+    T = working(T)
+    longest = max(range(T.ndim), key=lambda k: T.shape[k])
+    bound = T.numel() // T.shape[longest]
+    if rank >= bound:
+        return CPTensor((T.new_ones(bound), _spread(_exact(T, longest))))
+    core, bases = _compress(T, rank)
+    weights, factors = _als(core, _start(core, rank, seed), sweeps, tol, ridge, [] if trace is None else trace)
+    factors = [f if U is None else U @ f for U, f in zip(bases, factors, strict=True)]
+    return CPTensor((torch.ones_like(weights), _spread([factors[0] * weights, *factors[1:]])))
+
+
+def cp3(W: Tensor, rank: int, **options: object) -> CPTensor:
+    """CP of W (O, I, kh, kw) with the spatial modes merged: factors (O, R), (I, R), (kh kw, R). Options: `cp_als`."""
+    return cp_als(W.flatten(2), rank, **options)  # type: ignore[arg-type]
+
+
+def cp4(W: Tensor, rank: int, **options: object) -> CPTensor:
+    """CP of W (O, I, kh, kw): factors (O, R), (I, R), (kh, R), (kw, R). Options: `cp_als`."""
+    return cp_als(W, rank, **options)  # type: ignore[arg-type]
+
+
+def cp_compose(cp: CPTensor | tuple[Tensor | None, Sequence[Tensor]]) -> Tensor:
+    """The tensor (n_1, ..., n_d) of (weights (R,) or None, factors (n_k, R)). Differentiable."""
+    weights, factors = cp
+    first, *rest = factors
+    full = first if weights is None else first * weights
+    for factor in rest[:-1]:
+        full = (full[:, None] * factor).flatten(0, 1)
+    return (full @ rest[-1].mT).reshape([f.shape[0] for f in factors])
+
+
+def _exact(T: Tensor, longest: int) -> list[Tensor]:
+    """The CP of one term per fibre along the longest mode."""
+    others = [n for k, n in enumerate(T.shape) if k != longest]
+    indices = torch.cartesian_prod(*(torch.arange(n, device=T.device) for n in others)).reshape(-1, len(others))
+    factors = [torch.eye(n, dtype=T.dtype, device=T.device)[:, i] for n, i in zip(others, indices.T, strict=True)]
+    factors.insert(longest, T.movedim(longest, 0).flatten(1))
+    return factors
+
+
+def _compress(T: Tensor, rank: int) -> tuple[Tensor, list[Tensor | None]]:
+    """(core, bases): modes longer than 2·rank projected on their 2·rank leading directions; None where not."""
+    bases: list[Tensor | None] = [None] * T.ndim
+    for k in sorted(range(T.ndim), key=lambda k: -T.shape[k]):
+        if T.shape[k] > 2 * rank:
+            bases[k] = U = leading_left(T.movedim(k, 0).flatten(1), 2 * rank)
+            T = torch.tensordot(U.mT, T.movedim(k, 0), dims=1).movedim(0, k)
+    return T.contiguous(), bases
+
+
+def _start(T: Tensor, rank: int, seed: int) -> list[Tensor]:
+    """Leading left singular vectors of every unfolding, missing columns drawn at random."""
+    generator = np.random.default_rng(seed)
+    factors = []
+    for k, n in enumerate(T.shape):
+        U = leading_left(T.movedim(k, 0).flatten(1), min(rank, n))
+        drawn = generator.standard_normal((n, rank - U.shape[1])) / math.sqrt(n)
+        factors.append(torch.cat([U, torch.as_tensor(drawn, dtype=T.dtype, device=T.device)], dim=1))
+    return factors
+
+
+def _als(
+    T: Tensor, factors: list[Tensor], sweeps: int, tol: float, ridge: float, trace: list[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """(weights, unit-norm factors) after accelerated ALS from `factors`."""
+    total = float(torch.linalg.vector_norm(T.double()) ** 2)
+    if total == 0:
+        return T.new_zeros(factors[0].shape[1]), factors
+    weights, factors, best = _sweep(T, factors, ridge, total)
+    trace.append(math.sqrt(max(best, 0) / total))
+    start, momentum, ceiling = factors, 0.5, 1.0
+    for _ in range(sweeps - 1):
+        new_weights, new, objective = _sweep(T, start, ridge, total)
+        if objective > best:  # extrapolated too far, or at rounding level: again from where it was good
+            if start is factors:
+                break
+            start, ceiling, momentum = factors, momentum, momentum / 2
+            continue
+        trace.append(math.sqrt(max(objective, 0) / total))
+        start = [f + momentum * (f - old) for f, old in zip(new, factors, strict=True)]
+        gain, best = trace[-2] - trace[-1], objective
+        weights, factors = new_weights, new
+        ceiling, momentum = min(1.0, 1.05 * ceiling), min(ceiling, 1.1 * momentum)
+        if gain < tol:
+            break
+    return weights, factors
+
+
+def _sweep(
+    T: Tensor, factors: list[Tensor], ridge: float, total: float
+) -> tuple[Tensor, list[Tensor], float]:
+    """One pass of ALS over all modes: (weights, unit-norm factors, objective)."""
+    factors, d = list(factors), T.ndim
+    grams = [(f.mT @ f).double() for f in factors]
+    eye = torch.eye(factors[0].shape[1], dtype=torch.float64, device=T.device)
+    # Two large products per sweep: T with the longest other mode for mode 0, T with mode 0 for all others.
+    for k in range(d):
+        if k < 2:
+            away = max(range(1, d), key=lambda m: T.shape[m]) if k == 0 else 0
+            partial = torch.tensordot(T, factors[away], dims=([away], [0]))
+            modes = [m for m in range(d) if m != away]
+        right = _reduce(partial, factors, modes, k).double()
+        gram = math.prod([grams[m] for m in range(d) if m != k], start=torch.ones_like(eye))
+        new = torch.linalg.solve(gram + ridge * eye, right.mT).mT
+        weights = torch.linalg.vector_norm(new, dim=0).clamp_min(torch.finfo(T.dtype).tiny)
+        unit = new / weights
+        factors[k], grams[k] = unit.to(T.dtype), unit.mT @ unit
+    fit = total - 2 * float((right * new).sum()) + float(((new.mT @ new) * gram).sum())
+    return weights.to(T.dtype), factors, fit + ridge * float((weights**2).sum())
+
+
+def _reduce(X: Tensor, factors: list[Tensor], modes: list[int], k: int) -> Tensor:
+    """X, with the axes `modes` and a last one R, summed against the factors of all its modes but k: (n_k, R)."""
+    for axis in reversed(range(len(modes))):
+        if modes[axis] != k:
+            factor = factors[modes[axis]]
+            X = (X * factor.reshape(factor.shape[0], *[1] * (X.ndim - axis - 2), -1)).sum(axis)
+    return X
+
+
+def _spread(factors: list[Tensor]) -> list[Tensor]:
+    """Every column scaled to the geometric mean of its term's norms; a zero term becomes zero columns."""
+    norms = torch.stack([torch.linalg.vector_norm(f, dim=0) for f in factors])
+    share = norms.double().clamp_min(1e-300).log().mean(0).exp()
+    scale = torch.where((norms > 0).all(0), share / norms.double().clamp_min(1e-300), 0.0)
+    return [f * s.to(f.dtype) for f, s in zip(factors, scale, strict=True)]

@@ -1,0 +1,83 @@
+"""Tensor train by successive truncated SVDs, and the layout of a convolution kernel as a tensor to be trained.
+
+A kernel (O, I, kh, kw) becomes (*out_modes, K, *in_modes), K = kh·kw: the spatial mode sits in the middle core and
+the channels may be factorised. Source: Oseledets 2011; Yin et al., CVPR 2021 (arXiv 2107.12422) for the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from tensorly.tt_tensor import TTTensor
+from torch import Tensor
+
+from tdlib.errors import RankError
+from tdlib.tensor.linalg import check_ranks, full_precision, leading_left, split, working
+
+
+def tt_rank_bounds(shape: Sequence[int]) -> tuple[int, ...]:
+    """The inner ranks (ndim - 1 of them) at which a train of this shape is exact: the unfoldings' short sides."""
+    return tuple(min(math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape)))
+
+
+@full_precision
+def tt_svd(T: Tensor, ranks: Sequence[int]) -> TTTensor:
+    """TT-SVD of T (n_1, ..., n_d) at the d - 1 inner ranks, cut to `tt_rank_bounds` and to r_{k-1} n_k.
+
+    Returns cores (r_{k-1}, n_k, r_k), r_0 = r_d = 1; all but the last two are left-orthonormal. The squared error
+    is at most the sum of the squared errors of the d - 1 unfoldings. Raises: RankError.
+    """
+    if T.ndim < 1:
+        raise RankError("tt_svd needs a tensor with at least one mode, got a number")
+    sizes = tuple(T.shape)
+    wanted = check_ranks(ranks, len(sizes) - 1, f"tt_svd of shape {sizes}")
+    wanted = tuple(map(min, wanted, tt_rank_bounds(sizes)))
+    cores, rest, r = [], working(T).reshape(1, -1), 1
+    for k, n in enumerate(sizes[:-1]):
+        M = rest.reshape(r * n, -1)
+        new = min(wanted[k], r * n)
+        if k == len(sizes) - 2:  # nothing is cut after this one, so either side may carry the norm
+            left, rest = split(M, new)
+        else:
+            left = leading_left(M, new)
+            rest = left.mT @ M
+        cores.append(left.reshape(r, n, -1))
+        r = cores[-1].shape[2]
+    cores.append(rest.reshape(r, sizes[-1], 1))
+    return TTTensor(cores)
+
+
+def tt_compose(cores: Sequence[Tensor]) -> Tensor:
+    """The tensor (n_1, ..., n_d) of cores (r_{k-1}, n_k, r_k) with r_0 = r_d = 1. Differentiable."""
+    full = cores[0]
+    for core in list(cores)[1:]:
+        full = torch.tensordot(full, core, dims=1)
+    return full.reshape(full.shape[1:-1])
+
+
+def conv_to_tt_tensor(
+    W: Tensor, out_modes: Sequence[int] | None = None, in_modes: Sequence[int] | None = None
+) -> Tensor:
+    """(O, I, kh, kw) to (*out_modes, K, *in_modes); (O, I) to (*out_modes, *in_modes). Modes default to whole.
+
+    Raises: RankError if the modes do not multiply to the channels.
+    """
+    modes = []
+    for name, chosen, size in (("out_modes", out_modes, W.shape[0]), ("in_modes", in_modes, W.shape[1])):
+        modes.append((size,) if chosen is None else tuple(chosen))
+        if math.prod(modes[-1]) != size:
+            raise RankError(f"{name}={modes[-1]} multiply to {math.prod(modes[-1])}, but there are {size} channels")
+    if W.ndim == 2:
+        return W.reshape(*modes[0], *modes[1])
+    return W.flatten(2).transpose(1, 2).reshape(*modes[0], -1, *modes[1])
+
+
+def tt_tensor_to_conv(T: Tensor, shape: Sequence[int]) -> Tensor:
+    """Inverse of `conv_to_tt_tensor`: the kernel of this shape, (O, I, kh, kw) or (O, I)."""
+    shape = tuple(shape)
+    if len(shape) == 2:
+        return T.reshape(shape)
+    O, I = shape[:2]
+    return T.reshape(O, -1, I).transpose(1, 2).reshape(shape)
