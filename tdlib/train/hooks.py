@@ -17,7 +17,7 @@ class Context:
 
     model: the unwrapped model. epoch counts from 0; step counts within the epoch, of ``steps``. row: this
     epoch's metrics, complete in ``after_epoch`` (hooks may add columns; numbers or strings). rows: the
-    finished epochs.
+    finished epochs. stop: set in ``after_epoch`` to end training after this epoch (early stopping).
     """
 
     model: nn.Module
@@ -30,6 +30,7 @@ class Context:
     step: int = 0
     row: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    stop: bool = False
 
 
 class Hook:

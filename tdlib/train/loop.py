@@ -97,7 +97,7 @@ def fit(
     }  # fmt: skip
     bar = Progress(progress and engine.main, epochs * ctx.steps, ctx.epoch * ctx.steps + ctx.step)
     with engine.running(), bar:
-        while ctx.epoch < epochs:
+        while ctx.epoch < epochs and not ctx.stop:
             batches = data.batches(
                 "train", batch_size, device=engine.device, seed=seed, epoch=ctx.epoch, augment=augment,
                 rank=engine.rank, world=engine.world, start_step=ctx.step,
@@ -110,7 +110,7 @@ def fit(
                 if ctx.step < ctx.steps and run.pause():
                     return history
             run.end_epoch(validate, max(batch_size, 256), bar)
-            if run.out_of_time() and ctx.epoch < epochs:
+            if run.out_of_time() and ctx.epoch < epochs and not ctx.stop:
                 return history
     history.finished = True
     run.save()

@@ -147,7 +147,7 @@ class Run:
         ctx.rows.append(ctx.row)
         bar.epoch(ctx.row)
         ctx.epoch, ctx.step = ctx.epoch + 1, 0
-        if ctx.epoch < ctx.epochs:
+        if ctx.epoch < ctx.epochs and not ctx.stop:
             self.save()
 
     def save(self) -> None:
