@@ -68,7 +68,7 @@ rule chapter:
     threads: SHARE
     shell:
         "OMP_NUM_THREADS={threads} " + PYTHON + " -m tdlib.chapters run {input.notebook:q} --output {output:q} "
-        "--records {BUILD}/records/{wildcards.chapter} {params.given}"
+        "--failed {BUILD}/failed --records {BUILD}/records/{wildcards.chapter} {params.given}"
 
 
 rule sweep_cell:

@@ -52,15 +52,19 @@ def saved_records(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]
     return [(path, read_record(path)) for path in sorted(folder.rglob("*.json"))]
 
 
-def status() -> str:
-    """The table "Reproduction status", computed from the ledger of claims and the records."""
+def verdicts() -> list[Any]:
+    """The verdict on every claim of ``book/claims.yml``, computed from the committed records."""
     from tdlib import claims
 
     ledger = ROOT / "book" / "claims.yml"
-    if not ledger.is_file():
-        return "*The ledger of claims is empty.*"
-    judged = claims.judge_all(claims.load_claims(ledger), [record for _, record in saved_records()])
-    return claims.status_markdown(judged)
+    return claims.judge_all(claims.load_claims(ledger), [record for _, record in saved_records()])
+
+
+def status() -> str:
+    """The table "Reproduction status", all claims."""
+    from tdlib import claims
+
+    return claims.status_markdown(verdicts())
 
 
 #: What a record's row shows: heading -> keys looked up in parameters, then metrics, then the record itself.
@@ -227,8 +231,13 @@ def stage() -> Path:
 
 
 def readme_table() -> str:
-    """The README's table: the reproduction status, or a line that says that nothing has been recorded."""
-    return status()
+    """The README's table: claims that have been run with their verdicts, and how many have not."""
+    from tdlib import claims
+
+    judged = verdicts()
+    run = [verdict for verdict in judged if verdict.verdict != "not run yet"]
+    rest = f"{len(judged) - len(run)} of {len(judged)} claims in the book's ledger have not been run yet."
+    return f"{claims.status_markdown(run)}\n\n{rest}" if run else rest
 
 
 def update_readme(*, check: bool = False) -> bool:

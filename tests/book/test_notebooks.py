@@ -1,0 +1,50 @@
+"""The committed notebooks: stripped, parameterised, and all in the table of contents."""
+
+import nbformat
+import pytest
+import yaml
+
+from tdlib import chapters
+
+NOTEBOOKS = sorted(chapters.NOTEBOOKS.glob("*.ipynb"))
+FIRST = ["dataset", "model", "profile", "data_dir", "seed", "device"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_without_outputs_and_noise(path):
+    nb = nbformat.read(str(path), as_version=4)
+    nbformat.validate(nb)
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+        assert not {"papermill", "execution"} & set(cell.metadata)
+    assert "papermill" not in nb.metadata
+    before = path.read_text(encoding="utf-8")
+    clean = nbformat.writes(chapters.clean(nb, outputs=False))
+    assert clean.rstrip() == before.rstrip(), "run: python -m tdlib.chapters strip"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_exactly_one_parameters_cell_with_the_common_names(path):
+    nb = nbformat.read(str(path), as_version=4)
+    tagged = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    declared = chapters.defaults(path)
+    assert list(declared)[: len(FIRST)] == FIRST
+    assert {name: declared[name].strip("\"'") for name in ("dataset", "profile", "device")} == {
+        "dataset": "digits", "profile": "quick", "device": "cpu"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_starts_with_a_title(path):
+    nb = nbformat.read(str(path), as_version=4)
+    assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
+
+
+def test_table_of_contents_and_map_name_the_same_chapters():
+    toc = yaml.safe_load((chapters.ROOT / "book" / "_toc.yml").read_text())
+    files = [row["file"] for part in toc["parts"] for row in part["chapters"]]
+    listed = [name.removeprefix("notebooks/") for name in files if name.startswith("notebooks/")]
+    assert sorted(listed) == chapters.names()
+    rows = yaml.safe_load((chapters.ROOT / "book" / "map.yml").read_text())
+    assert list(rows) == listed
