@@ -1,5 +1,6 @@
 """Running notebooks: what is cleaned, what is kept on failure, what is refused."""
 
+import json
 import os
 
 import nbformat
@@ -19,7 +20,9 @@ def write(path, *cells):
 
 
 def test_two_equal_runs_give_identical_files(tmp_path):
-    source = write(tmp_path / "a.ipynb", "n = 2", "import time\nfor i in range(n):\n    print(i)\n    time.sleep(.1)\nn")
+    source = write(
+        tmp_path / "a.ipynb", "n = 2", "import time\nfor i in range(n):\n    print(i)\n    time.sleep(.1)\nn"
+    )
     first = chapters.execute(source, tmp_path / "one.ipynb", {"n": 3}, failed=tmp_path / "failed")
     second = chapters.execute(source, tmp_path / "two.ipynb", {"n": 3}, failed=tmp_path / "failed")
     assert first.read_bytes() == second.read_bytes()
@@ -31,8 +34,9 @@ def test_two_equal_runs_give_identical_files(tmp_path):
 
 def test_a_failing_chapter_names_itself_and_keeps_its_partial_notebook(tmp_path, capsys):
     source = write(tmp_path / "broken.ipynb", "n = 1", "print('reached')", "raise RuntimeError('no luck')")
-    status = chapters.main(["run", str(source), "--output", str(tmp_path / "out.ipynb"), "--failed",
-                            str(tmp_path / "failed")])
+    status = chapters.main(
+        ["run", str(source), "--output", str(tmp_path / "out.ipynb"), "--failed", str(tmp_path / "failed")]
+    )
     assert status == 1
     message = capsys.readouterr().err
     kept = tmp_path / "failed" / "broken.ipynb"
@@ -59,11 +63,14 @@ def test_unknown_chapters_and_parameters_are_refused_before_running(tmp_path):
 
 
 def test_clean_joins_streams_and_resolves_carriage_returns():
-    cell = new_code_cell("x", outputs=[
-        new_output("stream", name="stdout", text="10 %\r20 %\r"),
-        new_output("stream", name="stdout", text="30 %\ndone\n"),
-        new_output("stream", name="stderr", text="w\n"),
-    ])
+    cell = new_code_cell(
+        "x",
+        outputs=[
+            new_output("stream", name="stdout", text="10 %\r20 %\r"),
+            new_output("stream", name="stdout", text="30 %\ndone\n"),
+            new_output("stream", name="stderr", text="w\n"),
+        ],
+    )
     nb = chapters.clean(new_notebook(cells=[cell]))
     assert [(o.name, o.text) for o in nb.cells[0].outputs] == [("stdout", "30 %\ndone\n"), ("stderr", "w\n")]
 
@@ -78,19 +85,29 @@ def test_strip_is_stable(tmp_path):
 
 def test_values_from_the_command_line():
     given = ["3", "2.5", "true", "null", "[1, 2]", "digits", "imagefolder:a/b"]
-    assert [chapters.value(text) for text in given] == [3, 2.5, True, None, [1, 2], "digits", "imagefolder:a/b"]
+    assert [chapters.value(text) for text in given] == [
+        3,
+        2.5,
+        True,
+        None,
+        [1, 2],
+        "digits",
+        "imagefolder:a/b",
+    ]
 
 
 def test_collect_joins_the_cells_records(tmp_path):
     for seed in (0, 1):
         cell = tmp_path / f"seed-{seed}"
         cell.mkdir()
-        (cell / "r.json").write_text(
-            '{"chapter": "c", "seed": %d, "parameters": {"ratio": 2, "list": [1]}, "metrics": {"accuracy": 9%d.0}}'
-            % (seed, seed))
+        record = {"chapter": "c", "seed": seed, "parameters": {"ratio": 2, "list": [1]}}
+        (cell / "r.json").write_text(json.dumps(record | {"metrics": {"accuracy": 90.0 + seed}}))
     table = chapters.collect([tmp_path / "seed-0.ipynb", tmp_path / "seed-1.ipynb"], tmp_path / "t.csv")
     assert table.read_text().splitlines() == [
-        "cell,chapter,seed,ratio,accuracy", "seed-0,c,0,2,90.0", "seed-1,c,1,2,91.0"]
+        "cell,chapter,seed,ratio,accuracy",
+        "seed-0,c,0,2,90.0",
+        "seed-1,c,1,2,91.0",
+    ]
     with pytest.raises(TdlibError, match="wrote no record"):
         chapters.collect([tmp_path / "seed-2.ipynb"], tmp_path / "t.csv")
 

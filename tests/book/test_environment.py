@@ -22,7 +22,10 @@ def pins():
 
 
 def test_every_declared_dependency_is_pinned():
-    declared = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
+    declared = [
+        *PROJECT["dependencies"],
+        *(d for extra in PROJECT["optional-dependencies"].values() for d in extra),
+    ]
     names = {normal(re.match(r"[A-Za-z0-9_.-]+", d)[0]) for d in declared}
     assert names <= set(pins())
 
@@ -31,7 +34,10 @@ def test_pins_lie_within_the_declared_ranges():
     from packaging.requirements import Requirement
 
     pinned = pins()
-    for text in [*PROJECT["dependencies"], *(d for e in PROJECT["optional-dependencies"].values() for d in e)]:
+    for text in [
+        *PROJECT["dependencies"],
+        *(d for e in PROJECT["optional-dependencies"].values() for d in e),
+    ]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pinned[normal(requirement.name)], prereleases=True), text
 

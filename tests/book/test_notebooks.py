@@ -32,7 +32,10 @@ def test_exactly_one_parameters_cell_with_the_common_names(path):
     declared = chapters.defaults(path)
     assert list(declared)[: len(FIRST)] == FIRST
     assert {name: declared[name].strip("\"'") for name in ("dataset", "profile", "device")} == {
-        "dataset": "digits", "profile": "quick", "device": "cpu"}
+        "dataset": "digits",
+        "profile": "quick",
+        "device": "cpu",
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -38,7 +38,9 @@ def test_the_readme_first_screen_has_the_two_commands_and_a_picture():
 
 def test_make_knows_every_target_and_setting_that_the_texts_name():
     for command in re.findall(r"`(make [^`]+)`", README) + [
-        line for block in blocks(INTRO, "bash") + blocks(README, "sh") for line in block.splitlines()
+        line
+        for block in blocks(INTRO, "bash") + blocks(README, "sh")
+        for line in block.splitlines()
         if line.startswith("make ")
     ]:
         words = shlex.split(command.split("#")[0])
@@ -68,10 +70,22 @@ def test_docstrings_are_clean_restructured_text(name):
         text = inspect.getdoc(thing) or ""
         source = str(GoogleDocstring(text, Config(napoleon_google_docstring=True), what="function"))
         source = re.sub(r":(?:py:)?(?:func|class|mod|obj|meth|data|exc|attr|math|ref):`", "`", source)
-        tree = publish_doctree(source, settings_overrides={"report_level": Reporter.SEVERE_LEVEL + 1,
-                                                           "halt_level": 5, "warning_stream": None})
-        found = [n.astext() for n in tree.findall() if n.tagname == "system_message" and n["level"] >= 2
-                 and "Unknown interpreted text role" not in n.astext() and "No role entry" not in n.astext()]
+        tree = publish_doctree(
+            source,
+            settings_overrides={
+                "report_level": Reporter.SEVERE_LEVEL + 1,
+                "halt_level": 5,
+                "warning_stream": None,
+            },
+        )
+        found = [
+            n.astext()
+            for n in tree.findall()
+            if n.tagname == "system_message"
+            and n["level"] >= 2
+            and "Unknown interpreted text role" not in n.astext()
+            and "No role entry" not in n.astext()
+        ]
         assert found == [], f"{where}: {found}"
 
     module = importlib.import_module(name)
@@ -100,21 +114,29 @@ def own_data(tmp_path_factory):
             for i in range(count):
                 pixels = rng.integers(0, 128, (16, 16, 3)) + 100 * label
                 Image.fromarray(pixels.astype("uint8")).save(target / f"{i}.png")
-    arrays = {f"{split}_{kind}": (rng.integers(0, 255, (n, 12, 12)).astype("uint8") if kind == "images"
-                                  else np.arange(n) % 3)
-              for split, n in (("train", 36), ("test", 9)) for kind in ("images", "labels")}
+    arrays = {
+        f"{split}_{kind}": (
+            rng.integers(0, 255, (n, 12, 12)).astype("uint8") if kind == "images" else np.arange(n) % 3
+        )
+        for split, n in (("train", 36), ("test", 9))
+        for kind in ("images", "labels")
+    }
     np.savez(folder / "scans.npz", **arrays)
     return folder
 
 
-COMMANDS = [line for block in blocks(INTRO, "bash") for line in block.splitlines() if line.startswith("tdlib ")]
+COMMANDS = [
+    line for block in blocks(INTRO, "bash") for line in block.splitlines() if line.startswith("tdlib ")
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_front_page_commands_run(command, own_data):
     words = shlex.split(command.replace("device cuda", "device cpu"))  # the same command without a GPU
     code = f"import sys; from tdlib.cli import app; sys.argv = {words!r}; app()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=own_data, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=own_data, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     if "--out" in words:
         assert (own_data / words[words.index("--out") + 1]).is_file()
@@ -122,7 +144,9 @@ def test_the_front_page_commands_run(command, own_data):
 
 @pytest.mark.parametrize("text", [*blocks(INTRO, "python"), *blocks(README, "python")])
 def test_the_python_examples_run(text, own_data):
-    done = subprocess.run([sys.executable, "-c", text], cwd=own_data, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=own_data, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

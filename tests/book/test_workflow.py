@@ -70,7 +70,9 @@ def small_book(tmp_path):
     (tmp_path / "Snakefile").write_text((ROOT / "Snakefile").read_text())
     for folder in ("notebooks", "book", "tdlib"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "book" / "sweeps.yml").write_text("grid:\n  chapter: good\n  grid: {seed: [1, 2], profile: [quick]}\n")
+    (tmp_path / "book" / "sweeps.yml").write_text(
+        "grid:\n  chapter: good\n  grid: {seed: [1, 2], profile: [quick]}\n"
+    )
     (tmp_path / "_config.yml").write_text("")
     (tmp_path / "tdlib" / "pages.py").write_text("")
     record = "import tdlib\ntdlib.record('good', {'seed': seed}, {'twice': 2 * seed})"

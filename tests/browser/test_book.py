@@ -1,7 +1,7 @@
 """Every page of the built book in headless Chromium. Needs `make book` first; run by `make browser`.
 
-The book is served from a local port. A page passes when it opens, logs no error to the console, asks nothing of
-any other host, shows every image, holds no traceback, and links only to pages and anchors that exist.
+The book is served from a local port. A page passes when it opens, logs no console error, asks nothing of any
+other host, shows every image, holds no traceback, and links only to pages and anchors that exist.
 """
 
 import functools
@@ -20,10 +20,21 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 HTML = Path(__file__).resolve().parents[2] / "book" / "_build" / "html"
-PAGES = sorted(p.relative_to(HTML).as_posix() for part in ("book", "notebooks") for p in (HTML / part).rglob("*.html"))
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-         "--window-size=1400,1000")
+PAGES = sorted(
+    p.relative_to(HTML).as_posix() for part in ("book", "notebooks") for p in (HTML / part).rglob("*.html")
+)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-dev-shm-usage",
+    "--window-size=1400,1000",
+)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -91,8 +102,11 @@ def test_page(browser, site, page):
     assert broken == []
     errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert errors == []
-    outside = {url for url in requested(browser) if urlparse(url).scheme in ("http", "https")
-               and urlparse(url).hostname != "127.0.0.1"}
+    outside = {
+        url
+        for url in requested(browser)
+        if urlparse(url).scheme in ("http", "https") and urlparse(url).hostname != "127.0.0.1"
+    }
     assert outside == set()
     text = browser.find_element(By.TAG_NAME, "body").text
     assert "Traceback (most recent call last)" not in text
@@ -113,7 +127,9 @@ def test_internal_links_resolve(browser, site, page):
         known = target.is_file()
         if known and anchor and target.suffix == ".html":
             text = target.read_text(encoding="utf-8")
-            known = any(f'{key}="{name}"' in text for key in ("id", "name") for name in (anchor, unquote(anchor)))
+            known = any(
+                f'{key}="{name}"' in text for key in ("id", "name") for name in (anchor, unquote(anchor))
+            )
         if not known:
             missing.append(link)
     assert missing == []
@@ -126,8 +142,13 @@ def test_executed_chapters_show_figures():
 
 def test_search_finds_tucker(browser, site):
     browser.get(site + "search.html?q=Tucker")
-    WebDriverWait(browser, 30).until(lambda d: d.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a"))
-    found = [a.get_attribute("href") for a in browser.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a")]
+    WebDriverWait(browser, 30).until(
+        lambda d: d.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a")
+    )
+    found = [
+        a.get_attribute("href")
+        for a in browser.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a")
+    ]
     assert any("notebooks/primer.html" in link for link in found)
 
 
