@@ -1,0 +1,190 @@
+"""Which layers of a model can be decomposed, what each costs at any ranks, and why the others stay dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tdlib.errors import TdlibError, unknown
+from tdlib.layers.formats import Format, get_format, kind_of
+from tdlib.planning.cost import Call, Cost
+
+Ranks = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Candidate:
+    """One layer that the format can replace. `by` is the unit of its costs, "params" or "macs" (bias left
+    out)."""
+
+    name: str
+    format: Format
+    options: dict[str, Any]
+    weight: Tensor
+    stride: tuple[int, ...]
+    calls: Sequence[Call]
+    by: str
+    allow_larger: bool = False
+    _costs: dict[Ranks, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def dense(self) -> tuple[int, int]:
+        """(params, macs) of the layer as it is."""
+        size = self.weight.numel()
+        return size, sum(size * n * math.prod(out) for n, _, out in map(self._maps, self.calls))
+
+    @property
+    def bounds(self) -> Ranks:
+        """Ranks at which the factorisation is exact."""
+        return self.format.bounds(self.shape, **self.options)
+
+    def at(self, fraction: float) -> Ranks:
+        """Ranks of the format's uniform family."""
+        return self.format.at(self.shape, fraction, **self.options)
+
+    def clip(self, ranks: Sequence[int]) -> Ranks:
+        """Effective ranks."""
+        return self.format.clip(self.shape, ranks, **self.options)
+
+    def both(self, ranks: Ranks | None) -> tuple[int, int]:
+        """(params, macs) at these ranks; None is dense."""
+        if ranks is None:
+            return self.dense
+        if ranks not in self._costs:
+            params, macs = 0, 0
+            for n, hw_in, hw_out in map(self._maps, self.calls):
+                params, each = self.format.cost(self.shape, ranks, hw_in, hw_out, self.stride, **self.options)
+                macs += n * each
+            self._costs[ranks] = params, macs
+        return self._costs[ranks]
+
+    def cost(self, ranks: Ranks | None) -> int:
+        """Cost at these ranks in the unit of the plan; None is dense."""
+        return self.both(ranks)[self.by == "macs"]
+
+    def smaller(self, ranks: Ranks) -> Ranks | None:
+        """The ranks if the factorised layer is smaller than the dense one (or may be larger), else None
+        (dense)."""
+        return ranks if self.allow_larger or self.cost(ranks) < self.cost(None) else None
+
+    def _maps(self, call: Call) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """(batch, map in, map out) of a call; a linear layer has (positions, 1)."""
+        before, after = call
+        if len(self.shape) == 2:
+            positions = math.prod(before[:-1])
+            return 1, (positions, 1), (positions, 1)
+        return (before[0] if len(before) == 4 else 1), before[-2:], after[-2:]
+
+
+def candidates(
+    model: nn.Module,
+    cost: Cost,
+    format: str,
+    by: str,
+    skip: Sequence[str],
+    options: Mapping[str, Any],
+    allow_larger: bool = False,
+) -> tuple[list[Candidate], dict[str, str]]:
+    """(layers that can be decomposed, {layer that stays dense: reason}).
+
+    skip: names or globs; each must match a layer. An option may be a mapping from layer names or globs to
+    values.
+    """
+    scheme = get_format(format)
+    for name in options:
+        if name not in scheme.options:
+            raise unknown(f"option of format {format!r}", name, scheme.options)
+    if by not in ("params", "macs"):
+        raise unknown("unit", by, ("params", "macs"))
+    rows = {row.name: row for row in cost.layers}
+    owners = _owners(model)
+    found, skipped = [], {}
+    layers = {n: m for n, m in model.named_modules() if _is_layer(m)}
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise unknown("layer to skip", pattern, layers)
+    for name, layer in layers.items():
+        calls = rows[name].calls if name in rows else ()
+        reason = _obstacle(layer, scheme, calls, [o for o in owners.get(_weight_id(layer), ()) if o != name])
+        if any(fnmatchcase(name, pattern) for pattern in skip):
+            reason = "skipped on request"
+        if reason:
+            skipped[name] = reason
+            continue
+        chosen = {key: _for_layer(value, name) for key, value in options.items()}
+        try:
+            chosen = scheme.resolve(layer.weight.shape, **chosen)
+        except TdlibError as error:
+            raise type(error)(f"layer {name!r}: {error}") from error
+        stride = tuple(layer.stride) if isinstance(layer, nn.Conv2d) else (1, 1)
+        candidate = Candidate(name, scheme, chosen, layer.weight.detach(), stride, calls, by, allow_larger)
+        if candidate.smaller(candidate.clip((1,) * len(candidate.bounds))) is None:
+            skipped[name] = (
+                f"cannot gain: even at rank 1 the {format} layer is not smaller than the dense one"
+            )
+            continue
+        found.append(candidate)
+    return found, skipped
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a reader of the plan expects a word about this module: it has a weight to multiply with."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase)
+    return isinstance(module, kinds)
+
+
+def _obstacle(layer: nn.Module, scheme: Format, calls: Sequence[Call], shared: Sequence[str]) -> str | None:
+    """Why the layer cannot be decomposed, or None."""
+    name = type(layer).__name__
+    if getattr(layer, "transposed", False):
+        return f"transposed convolution ({name})"
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return f"{name} is neither Conv2d nor Linear"
+    if getattr(layer, "groups", 1) != 1:
+        depthwise = layer.groups == layer.in_channels
+        return "depthwise convolution" if depthwise else f"grouped convolution ({layer.groups} groups)"
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrised"
+    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    if type(layer).forward is not plain.forward or getattr(type(layer), "_conv_forward", None) is not getattr(
+        plain, "_conv_forward", None
+    ):
+        return f"{name} has a forward of its own"
+    if shared:
+        return f"its weight is shared with {', '.join(shared)}"
+    if not calls:
+        return "never called as a module in the forward pass (unused, or its weight is used directly)"
+    if kind_of(layer.weight.shape) not in scheme.kinds:
+        return f"format {scheme.name!r} does not apply to a {kind_of(layer.weight.shape)} layer"
+    return None
+
+
+def _weight_id(layer: nn.Module) -> int:
+    return id(layer._parameters.get("weight"))
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Parameter id → names of the modules that hold it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _for_layer(value: Any, name: str) -> Any:
+    """An option's value for one layer: the entry of the first matching name or glob, or the value itself."""
+    if not isinstance(value, Mapping):
+        return value
+    return next((v for pattern, v in value.items() if fnmatchcase(name, pattern)), None)

@@ -1,0 +1,226 @@
+"""What a network costs: trainable parameters and multiply-accumulates, counted once and by layer.
+
+One multiply-accumulate (MAC) is one; papers that print "FLOPs" mostly mean MACs. Convolutions and matrix
+products are counted, by torch's own `FlopCounterMode`; biases, norms, activations and pooling are not.
+Ratios in this library leave the parameters of norm layers (BatchNorm and its kin) out on both sides, as the
+papers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdlib.errors import TdlibError
+
+Call = tuple[tuple[int, ...], tuple[int, ...]]  # input shape, output shape
+NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module that owns parameters or does products itself; shapes are of its first call, with the batch
+    of 1.
+
+    `params` counts a parameter shared by several modules at the first of them. `calls` has one
+    (input shape, output shape) for every call.
+    """
+
+    name: str
+    kind: str
+    params: int
+    macs: int
+    in_shape: tuple[int, ...] | None
+    out_shape: tuple[int, ...] | None
+    norm: bool = False
+    calls: tuple[Call, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and MACs of a network for one input.
+
+    params: all parameters (every nn.Parameter once, frozen or not); bn_params: those of norm layers;
+    weights = params - bn_params, the number used in ratios; macs: for a batch of one.
+    """
+
+    params: int
+    bn_params: int
+    macs: int
+    layers: tuple[Row, ...]
+    input_shape: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """Parameters without those of norm layers: what ratios compare."""
+        return self.params - self.bn_params
+
+    def by(self, unit: str) -> int:
+        """The size that a ratio in this unit compares: "params" (without norm layers) or "macs"."""
+        return self.macs if unit == "macs" else self.weights
+
+    def under(self, name: str) -> tuple[int, int]:
+        """(params, macs) of the module of that name with everything inside it."""
+        rows = [row for row in self.layers if row.name == name or row.name.startswith(name + ".")]
+        return sum(row.params for row in rows), sum(row.macs for row in rows)
+
+    def to_frame(self) -> Any:
+        """pandas table: one row per layer."""
+        import pandas as pd
+
+        columns = ("name", "kind", "params", "macs", "in_shape", "out_shape", "norm")
+        return pd.DataFrame(
+            [[getattr(row, c) for c in columns] for row in self.layers], columns=list(columns)
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            (r.name or "(model)", r.kind, f"{r.params:,}", f"{r.macs:,}", _shape(r.out_shape))
+            for r in self.layers
+        ]
+        total = ("total", "", f"{self.params:,}", f"{self.macs:,}", "")
+        note = (
+            f"{self.params:,} parameters, {self.bn_params:,} of them in norm layers "
+            f"(left out of ratios: {self.weights:,}); {self.macs:,} MACs for one input {self.input_shape}"
+        )
+        return table(("layer", "kind", "params", "MACs", "output"), [*rows, total], "llrrr") + "\n" + note
+
+
+def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
+    """Parameters and MACs of `model` for one input of `input_shape` (without the batch, e.g. (3, 32, 32)).
+
+    The model runs once, on its own device, in eval mode; modes, buffers and random state are as before
+    afterwards.
+    """
+    shape = tuple(int(n) for n in input_shape)
+    with _untouched(model):
+        total, own, calls = _run(model, torch.zeros(1, *shape, **_like(model)))
+    rows, seen = [], set[int]()
+    for name, module in model.named_modules():
+        fresh = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(id(p) for p in fresh)
+        params, macs = sum(p.numel() for p in fresh), own.get(module, 0)
+        if not params and not macs:
+            continue
+        shapes = calls.get(module, [])
+        first = shapes[0] if shapes else (None, None)
+        row = Row(
+            name, type(module).__name__, params, macs, *first, norm=is_norm(module), calls=tuple(shapes)
+        )
+        rows.append(row)
+    params = sum(row.params for row in rows)
+    bn_params = sum(row.params for row in rows if row.norm)
+    return Cost(params, bn_params, total, tuple(rows), shape)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a normalisation layer, of torch or by its class name (timm's LayerNorm2d,
+    ...)."""
+    leaf = not any(True for _ in module.children())
+    return isinstance(module, NORMS) or (leaf and "norm" in type(module).__name__.lower())
+
+
+def _like(model: nn.Module) -> dict[str, Any]:
+    """dtype and device of the model's first floating-point parameter."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            return {"dtype": p.dtype, "device": p.device}
+    return {}
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; modes, buffers and random state restored after."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _run(model: nn.Module, x: Tensor) -> tuple[int, dict[nn.Module, int], dict[nn.Module, list[Call]]]:
+    """One forward pass: all MACs, those that each module did itself (not in a child), and the shapes it was
+    called with."""
+    counter = FlopCounterMode(display=False)
+    own: dict[nn.Module, int] = {}
+    calls: dict[nn.Module, list[Call]] = {}
+    stack: list[tuple[int, int]] = []  # FLOPs when the module was entered, and those of finished children
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append((counter.get_total_flops(), 0))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        start, inner = stack.pop()
+        used = counter.get_total_flops() - start
+        own[module] = own.get(module, 0) + (used - inner) // 2
+        if stack:
+            stack[-1] = stack[-1][0], stack[-1][1] + used
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            calls.setdefault(module, []).append((tuple(args[0].shape), tuple(output.shape)))
+
+    try:
+        with ExitStack() as context:
+            for module in model.modules():
+                context.callback(module.register_forward_pre_hook(enter).remove)
+                context.callback(module.register_forward_hook(leave).remove)
+            context.enter_context(_unfused(model))
+            with counter:
+                model(x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TdlibError(f"the model does not run on an input of shape {tuple(x.shape)}: {error}") from error
+    return counter.get_total_flops() // 2, own, calls
+
+
+@contextmanager
+def _unfused(model: nn.Module) -> Iterator[None]:
+    """Plain kernels inside: fused ones (recurrent layers in oneDNN, attention) hide their products from any
+    counter."""
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        # torch.backends.mkldnn.flags would warn about TF32 on machines without an Intel GPU.
+        torch._C._set_mkldnn_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(onednn)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    """Plain text table; align has one of "l", "r" per column."""
+    widths = [max(len(str(r[k])) for r in (head, *rows)) for k in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            str(c).ljust(w) if a == "l" else str(c).rjust(w)
+            for c, w, a in zip(cells, widths, align, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(head), "  ".join("-" * w for w in widths), *(line(r) for r in rows)])
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "×".join(map(str, shape[1:])) if shape else "-"

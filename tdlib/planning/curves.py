@@ -1,0 +1,151 @@
+"""Error curves: how the error of one layer falls as its ranks, and with them its cost, rise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tdlib.errors import DataError, NonFiniteError, TdlibError
+from tdlib.planning.candidates import Candidate, Ranks
+
+Point = tuple[Ranks | None, float, float]
+Curve = Sequence[Point]
+
+
+def weight_curve(candidate: Candidate, weight: Tensor, steps: int = 128) -> list[Point]:
+    """(ranks, cost, squared error relative to the kernel's norm) from rank 1 up to the dense cost.
+
+    The error is the sum of the squared singular values cut off in every unfolding (exact for one, an upper
+    bound for several). The path raises the rank that saves most error per unit of cost. Formats without
+    unfoldings are measured.
+    """
+    tails = _tails(candidate, weight)
+    if tails is None:
+        return measured_curve(candidate, weight)
+    ranks = candidate.clip((1,) * len(tails))
+    strides = [max(1, len(t) // steps) for t in tails]
+
+    def error(r: Ranks) -> float:
+        return min(1.0, sum(tail[min(n, len(tail) - 1)] for tail, n in zip(tails, r, strict=True)))
+
+    points: list[Point] = []
+    while candidate.cost(ranks) < candidate.cost(None):
+        points.append((ranks, candidate.cost(ranks), error(ranks)))
+        options = []
+        for k, stride in enumerate(strides):
+            raised = candidate.clip(tuple(r + stride * (j == k) for j, r in enumerate(ranks)))
+            added = candidate.cost(raised) - candidate.cost(ranks)
+            saved = sum(t[a] - t[min(b, len(t) - 1)] for t, a, b in zip(tails, ranks, raised, strict=True))
+            if added > 0:
+                options.append((saved / added, raised))
+        if not options:
+            break
+        ranks = max(options, key=lambda option: option[0])[1]
+    return points
+
+
+def measured_curve(candidate: Candidate, weight: Tensor, measured: int = 8, steps: int = 64) -> list[Point]:
+    """The same along the format's uniform family: measured at a few ranks, log-linear in cost between
+    them."""
+    grid: dict[Ranks, float] = {}
+    for k in range(steps + 1):
+        ranks = candidate.at(k / steps)
+        if candidate.cost(ranks) < candidate.cost(None):
+            grid[ranks] = candidate.cost(ranks)
+    rows = sorted(grid.items(), key=lambda item: item[1])
+    chosen = sorted({round(k * (len(rows) - 1) / (measured - 1)) for k in range(measured)})
+    total = float(weight.double().square().sum()) or 1.0
+    known: list[tuple[float, float]] = []
+    for k in chosen:
+        factors = candidate.format.factorise(weight, rows[k][0], **candidate.options)
+        rest = weight - candidate.format.compose(factors, candidate.shape, **candidate.options)
+        error = max(1e-12, float(rest.double().square().sum()) / total)
+        known.append((rows[k][1], min(error, known[-1][1] if known else 1.0)))
+    return [(ranks, cost, _between(known, cost)) for ranks, cost in rows]
+
+
+def _between(known: Sequence[tuple[float, float]], cost: float) -> float:
+    """Error at `cost`, log-linear between the known (cost, error)."""
+    for (c0, e0), (c1, e1) in itertools.pairwise(known):
+        if c0 <= cost <= c1 and c1 > c0:
+            share = (cost - c0) / (c1 - c0)
+            return math.exp((1 - share) * math.log(e0) + share * math.log(e1))
+    return known[0][1] if cost <= known[0][0] else known[-1][1]
+
+
+def whitened(candidate: Candidate, statistics: Mapping[str, Tensor] | None) -> Tensor:
+    """The kernel times the root of its inputs' second moments, so that its plain norm is the norm of the
+    output.
+
+    For a convolution Σ is taken as (channels) ⊗ (positions in the patch), which keeps the kernel's modes;
+    exact for 1×1 and linear layers. Without statistics the kernel itself.
+    """
+    weight = finite_weight(candidate)
+    if statistics is None:
+        return weight
+    if candidate.name not in statistics:
+        raise DataError(f"statistics lack layer {candidate.name!r}")
+    inputs, patch = weight.shape[1], math.prod(weight.shape[2:])
+    sigma = statistics[candidate.name].to(weight).reshape(inputs, patch, inputs, patch)
+    channels = sigma.diagonal(dim1=1, dim2=3).sum(-1)
+    positions = sigma.diagonal(dim1=0, dim2=2).sum(-1)
+    flat = weight.reshape(weight.shape[0], inputs, patch)
+    roots = _root(channels), _root(positions / channels.trace().clamp_min(torch.finfo(weight.dtype).tiny))
+    return torch.einsum("oik,ij,kl->ojl", flat, *roots).reshape(weight.shape)
+
+
+def finite_weight(candidate: Candidate) -> Tensor:
+    """The layer's kernel in float64. Raises NonFiniteError naming the layer."""
+    weight = candidate.weight.double()
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(f"layer {candidate.name!r} has NaN or Inf in its weight")
+    return weight
+
+
+def kept_energy(candidate: Candidate) -> Callable[[float], Ranks]:
+    """share → the smallest ranks that keep it."""
+    weight = finite_weight(candidate)
+    tails = _tails(candidate, weight)
+    if tails is None:
+        curve = measured_curve(candidate, weight)
+        return lambda share: (
+            next((p[0] for p in curve if p[2] <= 1 - share), candidate.bounds) or candidate.bounds
+        )
+    return lambda share: tuple(max(1, sum(t > 1 - share for t in tail)) for tail in tails)
+
+
+def _tails(candidate: Candidate, weight: Tensor) -> list[list[float]] | None:
+    """For every rank: tail[r] = share of squared singular values beyond r, r = 0, ..., bound."""
+    matrices = candidate.format.unfoldings(weight, **candidate.options)
+    if matrices is None:
+        return None
+    tails = []
+    for m in matrices:
+        gram = m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m
+        values = torch.linalg.eigvalsh(gram).clamp_min(0).cpu()  # ascending
+        total = values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+        below = torch.cat([torch.zeros(1, dtype=values.dtype), values.cumsum(0)])
+        tails.append((below / total).flip(0).tolist())
+    return tails
+
+
+def unfoldings(candidate: Candidate, rule: str) -> list[Tensor]:
+    """One matrix per rank, for a rule that cannot do without."""
+    matrices = candidate.format.unfoldings(finite_weight(candidate), **candidate.options)
+    if matrices is None:
+        raise TdlibError(
+            f"rule {rule!r} needs the singular values of unfoldings, "
+            f"which format {candidate.format.name!r} has not; "
+            "use uniform, energy or global"
+        )
+    return matrices
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Symmetric positive semi-definite square root."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
