@@ -38,7 +38,7 @@ _HOME = {
     **dict.fromkeys(("correct_bias", "recalibrate_batchnorm"), "calibration"),
     **dict.fromkeys(("load", "save"), "serialise"),
     "compress": "methods",
-    "record": "records",
+    **dict.fromkeys(("record", "records"), "records"),
 }
 _MODULES = ("data", "errors", "layers", "methods", "models", "papers", "planning", "plots", "tensor", "train")
 
