@@ -125,7 +125,7 @@ def _download(name: str, folder: Path, file: Path, both: Callable[[bool], list[A
         raise DataError(
             f"{name} was not found: looked for {file} and torchvision's files under {folder}, and "
             f"downloading failed ({type(error).__name__}: {error}). Set TDLIB_DATA (or root=, data_dir=) "
-            f"to a folder that holds them, or run once with network access; an .npz needs the arrays train_images, "
+            f"to a folder that holds them, or run once with network access; an .npz needs train_images, "
             f"train_labels, test_images and test_labels"
         ) from error
 

@@ -35,7 +35,7 @@ def prepare(directory: str | Path) -> Path:
             left.unlink(missing_ok=True)
         probe = directory / f".{NAME}.{os.getpid()}"
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"checkpoint directory {directory} cannot be written: {error}") from error
     return directory
