@@ -132,6 +132,8 @@ def execute(source: str | Path, output: str | Path, parameters: Mapping[str, Any
         if name not in declared:
             raise unknown(f"parameter of {source.name}", name, sorted(declared))
     kept = failed / source.name
+    # tqdm asks for widgets, which a static page cannot show; the kernel inherits this setting.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     with tempfile.TemporaryDirectory(prefix="tdlib-chapter-") as folder:
         partial = Path(folder) / source.name
         try:

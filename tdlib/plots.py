@@ -74,7 +74,9 @@ def new(rows: int = 1, columns: int = 1, *, size: tuple[float, float] | None = N
 
 
 def _plain_log_ticks(axis: Any) -> None:
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0)))
+    low, high = axis.get_view_interval()
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0) if high < 12 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(base=10, subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
 
