@@ -146,7 +146,10 @@ def shrink(sigma: Tensor, amount: float) -> Tensor:
     """(1 - amount) Sigma + amount * mean(diag Sigma) * I."""
     if amount == 0:
         return sigma
-    return (1 - amount) * sigma + amount * sigma.diagonal().mean() * torch.eye(len(sigma), dtype=sigma.dtype)
+    ridge = amount * sigma.diagonal().mean()
+    sigma = sigma * (1 - amount)
+    sigma.diagonal().add_(ridge)
+    return sigma
 
 
 @torch.no_grad()
@@ -158,7 +161,7 @@ def run(model: nn.Module, batches: Iterable[Any], taps: Mapping[str, Callable[[T
     def tap(name: str, update: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            if not torch.isfinite(x).all():
+            if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
                 raise NonFiniteError(f"the input of layer {name!r} holds NaN or Inf on the calibration data")
             update(x)
 

@@ -3,8 +3,7 @@
 - stride 1, dilation 1 (`Shifted`): sum_q x[q+k] x[q+k']^T depends on k and k' almost only by the displacement d = k' - k,
   so (2kh-1)(2kw-1)/2 products of one buffer with itself, shifted, replace the (kh*kw)^2/2 of im2col. The window of
   positions q differs between k: rows and columns at the border that fall outside are subtracted (inclusion, exclusion).
-  The buffer is channels-last with kh-1 zero rows and kw-1 zero columns after every image, so that a shift is an offset
-  into the flat buffer and no product needs a copy.
+  The buffer is (H, W, N, C), so that any crop of rows and columns is a batch of contiguous matrices: no copies.
 - any other convolution (`Unfolded`): im2col of a few images at a time, or of random positions only.
 - linear layers (`Flat`): rows.
 """
@@ -47,8 +46,18 @@ def accumulator(module: nn.Module, name: str, positions: int | None, generator: 
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b in float32 (float64 if the inputs are), as float64."""
-    return (a.T @ b).double()
+    """sum_h a[h]^T b[h] for a and b (h, m, C), in the inputs' precision."""
+    if len(a) == 1:
+        return a[0].T @ b[0]
+    if len(a) * a.shape[2] ** 2 <= 1 << 20:
+        return torch.bmm(a.transpose(1, 2), b).sum(0)
+    return torch.addbmm(a.new_zeros(a.shape[2], b.shape[2]), a.transpose(1, 2), b)
+
+
+def add_gram(total: Tensor, rows: Tensor, block: int = 384) -> None:
+    """total (n, n) += rows^T rows in the upper block triangle only."""
+    for at in range(0, rows.shape[1], block):
+        total[at : at + block, at:] += rows[:, at : at + block].T @ rows[:, at:]
 
 
 class Flat:
@@ -70,13 +79,13 @@ class Flat:
             self.total = torch.zeros(self.n, self.n, dtype=torch.float64, device=rows.device)
             self.first = torch.zeros(self.n, dtype=torch.float64, device=rows.device)
         for part in rows.split(max(1, CHUNK // self.n)):
-            self.total += product(part, part)
-            self.first += part.sum(0).double()
+            add_gram(self.total, part)
+            self.first += part.sum(0)
         self.count += len(rows)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        sigma = self.total / self.count
-        return ((sigma + sigma.T) / 2).cpu(), (self.first / self.count).cpu()
+        sigma = self.total.triu().div_(self.count)
+        return (sigma + sigma.triu(1).T).cpu(), (self.first / self.count).cpu()
 
 
 class Unfolded(Flat):
@@ -124,13 +133,13 @@ class Shifted:
         height, width = x.shape[2:]
         out = (height + offset[0] + offset[1] - self.kh + 1, width + offset[2] + offset[3] - self.kw + 1)
         sums = self.totals.setdefault((height, width), Sums(self.kh, self.kw, x, (offset[0], offset[2]), out))
-        for part in x.split(max(1, CHUNK // (x.shape[1] * (height + self.kh) * (width + self.kw)))):
+        for part in x.split(max(1, CHUNK // (x.shape[1] * height * width))):
             sums.add(part)
         self.count += len(x) * out[0] * out[1]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        sigma, mean = map(sum, zip(*(s.assemble() for s in self.totals.values()), strict=True))
-        return (sigma / self.count).cpu(), (mean / self.count).cpu()
+        sigma, mean = (sum(parts[1:], parts[0]) for parts in zip(*(s.assemble() for s in self.totals.values()), strict=True))
+        return sigma.div_(self.count).cpu(), mean.div_(self.count).cpu()
 
 
 class Sums:
@@ -146,12 +155,18 @@ class Sums:
                 d = (j // kw - k // kw, j % kw - k % kw)
                 self.pairs.append((k, j, d, lost_rows[k // kw], lost_columns[k % kw]))
         self.lost = lost_rows, lost_columns
-        self.sums = {key: None for *_, d, rows, columns in self.pairs for key in self.terms(d, rows, columns)}
         self.image = torch.zeros(*self.size, self.channels, dtype=torch.float64, device=x.device)
+        keys = dict.fromkeys(key for *_, d, rows, columns in self.pairs for key in self.terms(d, rows, columns))
+        self.sums = {key: self.image.new_zeros(self.channels, self.channels) for key in keys}
 
     def terms(self, d: tuple[int, int], rows: list[int], columns: list[int]) -> dict[tuple, int]:
-        """Key (d, row or None, column or None) -> sign of the sums that make up one pair; terms known to be 0 left out."""
+        """Key (d, row or None, column or None) -> sign of the sums that make up one pair; terms known to be 0 left out.
+
+        Displacements that leave the image entirely make no term either.
+        """
         (H, W), (dy, dx) = self.size, d
+        if abs(dy) >= H or abs(dx) >= W:
+            return {}
         rows = [y for y in rows if 0 <= y + dy < H]
         columns = [x for x in columns if 0 <= x + dx < W]
         found = {(d, None, None): 1}
@@ -160,30 +175,25 @@ class Sums:
 
     def add(self, x: Tensor) -> None:
         """x (N, C, H, W): a few images."""
-        (H, W), (kh, kw) = self.size, self.kernel
-        buffer = x.new_zeros(len(x), H + kh - 1, W + kw - 1, self.channels)
-        buffer[:, :H, :W] = x.permute(0, 2, 3, 1)
-        self.image += x.sum(0).permute(1, 2, 0)
-        flat = buffer.view(-1, self.channels)
-        for key in self.sums:
+        H, W = self.size
+        buffer = x.permute(2, 3, 0, 1).contiguous()
+        self.image += buffer.sum(2)
+        for key, total in self.sums.items():
             (dy, dx), row, column = key
-            if row is None and column is None:
-                shift = dy * (W + kw - 1) + dx
-                value = product(flat[: len(flat) - shift], flat[shift:])
-            elif column is None:
-                value = product(*overlap(buffer[:, row, :W], buffer[:, row + dy, :W], dx))
-            elif row is None:
-                value = product(*overlap(buffer[:, :H, column], buffer[:, :H, column + dx], dy))
-            else:
-                value = product(buffer[:, row, column], buffer[:, row + dy, column + dx])
-            self.sums[key] = value if self.sums[key] is None else self.sums[key].add_(value)
+            rows = slice(max(0, -dy), H - max(0, dy)) if row is None else slice(row, row + 1)
+            columns = slice(max(0, -dx), W - max(0, dx)) if column is None else slice(column, column + 1)
+            here = buffer[rows, columns].flatten(1, 2)
+            there = buffer[moved(rows, dy), moved(columns, dx)].flatten(1, 2)
+            total += product(here, there)
 
     def assemble(self) -> tuple[Tensor, Tensor]:
         """Sum over all patches of x x^T (n, n) and of x (n,), order channel, kh, kw."""
         K, C = self.kernel[0] * self.kernel[1], self.channels
         blocks = self.image.new_zeros(C, K, C, K)
         for k, j, d, rows, columns in self.pairs:
-            block = sum(sign * self.sums[key] for key, sign in self.terms(d, rows, columns).items())
+            block = self.image.new_zeros(C, C)
+            for key, sign in self.terms(d, rows, columns).items():
+                block.add_(self.sums[key], alpha=sign)
             blocks[:, k, :, j], blocks[:, j, :, k] = block, block.T
         mean = self.image.new_zeros(C, K)
         for k in range(K):
@@ -194,11 +204,9 @@ class Sums:
         return blocks.reshape(C * K, C * K), mean.reshape(-1)
 
 
-def overlap(a: Tensor, b: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """a (N, L, C) at q and b at q + d, for all q where both exist, as (rows, C) each."""
-    L = a.shape[1]
-    a, b = a[:, max(0, -d) : L - max(0, d)], b[:, max(0, d) : L - max(0, -d)]
-    return a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2])
+def moved(part: slice, d: int) -> slice:
+    """The slice shifted by d."""
+    return slice(part.start + d, part.stop + d)
 
 
 def lost(k: int, offset: int, out: int, size: int) -> list[int]:

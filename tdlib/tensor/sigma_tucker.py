@@ -18,7 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdlib.tensor.sigma import RIDGE, check_size, leading, regularise
+from tdlib.tensor.linalg import full_precision
+from tdlib.tensor.sigma_norm import RIDGE, check_size, leading, regularise
+from tdlib.tensor.sigma_solve import conjugate_gradients, kronecker_inverse, nearest_kronecker
+from tdlib.tensor.tucker import Tucker2Tensor
 
 DIRECT_LIMIT = 256  # unknowns of the input factor up to which Cholesky beats conjugate gradients (measured)
 
@@ -75,54 +78,14 @@ def input_factor(p: Problem, U: Tensor, G: Tensor, V: Tensor, iterations: int = 
         Y = torch.matmul(G, X.T).flatten(1) @ p.S
         return torch.einsum("aki,akb->ib", Y.view(-1, K, I), G)
 
-    return conjugate_gradients(apply, right, V, kronecker_preconditioner(p.S, G, I), iterations, rtol)
+    def inner(w: Tensor) -> Tensor:
+        return torch.einsum("akb,kl,alc->bc", G, w, G)
 
+    def weights(B: Tensor) -> Tensor:
+        return torch.einsum("akb,bc,alc->kl", G, B, G)
 
-def kronecker_preconditioner(S: Tensor, G: Tensor, I: int):
-    """Inverse of the nearest Kronecker product A x B to sum_kk' S_kk' x N_kk' (Van Loan and Pitsianis), as a function."""
-    _, K, r = G.shape
-    S4 = S.view(K, I, K, I)
-    N4 = torch.einsum("akb,alc->kblc", G, G)
-    A = torch.einsum("kikj->ij", S4)
-    B = torch.einsum("kbkc->bc", N4)
-    for _ in range(2):
-        w = torch.einsum("kilj,ij->kl", S4, A) / (A * A).sum()
-        B = torch.einsum("kl,kblc->bc", w, N4)
-        w = torch.einsum("kblc,bc->kl", N4, B) / (B * B).sum()
-        A = torch.einsum("kl,kilj->ij", w, S4)
-    LA, LB = _safe_cholesky(A), _safe_cholesky(B)
-
-    def solve(R: Tensor) -> Tensor:
-        return torch.cholesky_solve(torch.cholesky_solve(R, LA).T, LB).T
-
-    return solve
-
-
-def _safe_cholesky(A: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh((A + A.T) / 2)
-    values = values.clamp_min(1e-6 * values[-1])
-    return torch.linalg.cholesky((vectors * values) @ vectors.T)
-
-
-def conjugate_gradients(apply, right: Tensor, x: Tensor, precondition, iterations: int, rtol: float) -> Tensor:
-    """Solve apply(x) = right from x; stops at `rtol` times the first preconditioned residual. Never raises the error."""
-    residual = right - apply(x)
-    z = precondition(residual)
-    direction, rho = z, (residual * z).sum()
-    first = rho
-    for _ in range(iterations):
-        if rho <= rtol**2 * first or rho <= 0:
-            break
-        Ad = apply(direction)
-        curvature = (direction * Ad).sum()
-        if curvature <= 0:
-            break
-        step = rho / curvature
-        x, residual = x + step * direction, residual - step * Ad
-        z = precondition(residual)
-        rho, previous = (residual * z).sum(), rho
-        direction = z + (rho / previous) * direction
-    return x
+    A, B = nearest_kronecker(p.S.view(K, I, K, I), inner, weights)
+    return conjugate_gradients(apply, right, V, kronecker_inverse(A, B), iterations, rtol)
 
 
 def starts(p: Problem, r_in: int) -> list[Tensor]:
@@ -138,6 +101,7 @@ def starts(p: Problem, r_in: int) -> list[Tensor]:
     return [plain, torch.linalg.qr(inverse @ (vectors.T @ Q))[0]]
 
 
+@full_precision
 def tucker2_sigma(
     W: Tensor,
     ranks: tuple[int, int],
@@ -147,7 +111,7 @@ def tucker2_sigma(
     ridge: float = RIDGE,
     start: Tensor | None = None,
     trace: list[float] | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+) -> Tucker2Tensor:
     """Tucker-2 of W (O, I, kh, kw) with ranks (r_out, r_in) that minimises the error in the norm of S.
 
     Returns core (r_out, r_in, kh, kw) and factors [U_out (O, r_out), U_in (I, r_in)], both orthonormal. `start`: a
@@ -170,4 +134,4 @@ def tucker2_sigma(
         if gain <= tol * error.clamp_min(1e-14 * p.total):
             break
     core = G.transpose(1, 2).reshape(r_out, r_in, *W.shape[2:])
-    return core.to(W.dtype), [U.to(W.dtype), V.to(W.dtype)]
+    return Tucker2Tensor((core.to(W.dtype), [U.to(W.dtype), V.to(W.dtype)]))
