@@ -47,8 +47,11 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
 
 def median_size(paths: Sequence[Path], cap: int = 224) -> int:
     """Median of the shorter sides of (a sample of) the images, at most ``cap`` and at least 8."""
-    sample = paths[:: max(1, len(paths) // 200)]
-    return int(min(cap, max(8, np.median([min(_open(path).size) for path in sample]))))
+    sides = []
+    for path in paths[:: max(1, len(paths) // 200)]:
+        with _open(path) as opened:
+            sides.append(min(opened.size))
+    return int(min(cap, max(8, np.median(sides))))
 
 
 def read(
