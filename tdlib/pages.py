@@ -9,22 +9,19 @@ rebuilds only what changed. To add a generated piece, add a row to ``GENERATED``
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tdlib import reference
 from tdlib.chapters import BUILD, NOTEBOOKS, ROOT
 
 SRC = BUILD / "src"
 RESULTS = ROOT / "book" / "results"
 REPOSITORY = "https://github.com/tdlib/tdlib"
 BEGIN, END = "<!-- results:begin (python -m tdlib.chapters readme) -->", "<!-- results:end -->"
-
-#: Modules that are tools of the book rather than of its readers.
-_NO_REFERENCE = ("tdlib.chapters", "tdlib.pages", "tdlib.cli", "tdlib.commands", "tdlib.claims")
 
 
 def markdown_table(rows: Iterable[dict[str, Any]]) -> str:
@@ -120,56 +117,13 @@ def chapter_map() -> str:
         for name, row in rows.items() if (SRC / "notebooks" / f"{name}.ipynb").is_file())
 
 
-def modules() -> list[str]:
-    """The library's modules that the reference describes, parents first."""
-    import tdlib
-
-    found = sorted(info.name for info in pkgutil.walk_packages(tdlib.__path__, "tdlib.")
-                   if not any(part.startswith("_") for part in info.name.split(".")))
-    return [name for name in found if not any(name == n or name.startswith(n + ".") for n in _NO_REFERENCE)]
-
-
-def _defined(module: Any) -> list[str]:
-    """Public functions and classes written in a module, in the order of its source."""
-    return [name for name, thing in vars(module).items() if not name.startswith("_") and callable(thing)
-            and getattr(thing, "__module__", None) == module.__name__ and hasattr(thing, "__qualname__")]
-
-
-def reference() -> str:
-    """The API page: the public names, then every module's functions and classes, from their docstrings."""
-    import tdlib
-
-    documented, lines = modules(), []
-    for name in getattr(tdlib, "__all__", []):
-        thing = getattr(tdlib, name)
-        first = ((thing.__doc__ or "").strip().splitlines() or [""])[0]
-        home = getattr(thing, "__module__", None)
-        link = f"`tdlib.{name}`"
-        if home in documented and hasattr(thing, "__qualname__"):
-            link = f"{{py:obj}}`tdlib.{name} <{home}.{thing.__qualname__}>`"
-        lines.append(f"- {link}: {first}")
-    parts = ["# API reference", "Generated from the docstrings. The names under `tdlib` are the stable "
-             "ones; the modules below are theirs and what they are made of.", "## `tdlib`", "\n".join(lines)]
-    for name in documented:
-        module = importlib.import_module(name)
-        members = _defined(module)
-        if members:
-            body = [f".. automodule:: {name}", "   :no-members:", ""]
-            for member in members:
-                kind = "autoclass" if isinstance(getattr(module, member), type) else "autofunction"
-                options = ["   :members:"] if kind == "autoclass" else []
-                body += [f".. {kind}:: {name}.{member}", *options, ""]
-            parts.append(f"## `{name}`\n\n```{{eval-rst}}\n" + "\n".join(body).rstrip() + "\n```")
-    return "\n\n".join(parts)
-
-
 #: Generated pieces: path in the staged ``book`` folder -> function that gives its markdown.
 GENERATED: dict[str, Callable[[], str]] = {
     "_generated/status.md": status,
     "_generated/map.md": chapter_map,
     "_generated/records.md": records,
     "_generated/queue.md": queue,
-    "api.md": reference,
+    "api.md": reference.page,
 }
 
 
