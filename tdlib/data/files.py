@@ -75,7 +75,7 @@ def read(
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
-    array = np.asarray(image)
+    array = np.array(image)
     if (
         augment is not None
         and augment.flip

@@ -21,7 +21,7 @@ KILLS = 10
 @pytest.fixture(scope="module")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_helpers"])
+    context.set_forkserver_preload(["torch._dynamo", "tdlib.train", "tdlib.models"])  # slow imports, once
     return context
 
 
@@ -34,7 +34,7 @@ def _launch(processes, directory, delay):
 
 
 def test_sigkill_at_random_moments_changes_nothing(processes, tmp_path):
-    """160 steps take at least 1.6 s; ten runs are killed, each within 0.1 s of its first step."""
+    """104 steps take at least 1.04 s; ten runs are killed, each within 0.1 s of its first step."""
     process, pipe = _launch(processes, tmp_path / "unbroken", 0.0)
     process.join(120)
     assert process.exitcode == 0
@@ -50,7 +50,7 @@ def test_sigkill_at_random_moments_changes_nothing(processes, tmp_path):
     process.join(120)
     assert process.exitcode == 0
     whole, broken = (torch.load(tmp_path / name / "final.pt") for name in ("unbroken", "killed"))
-    assert broken["rows"] == whole["rows"] and len(whole["rows"]) == 20
+    assert broken["rows"] == whole["rows"] and len(whole["rows"]) == 13
     for key, value in whole["weights"].items():
         assert torch.equal(value, broken["weights"][key]), key
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [store.NAME, "final.pt"]

@@ -90,7 +90,7 @@ def long_run(directory: Path, pipe: Connection, delay: float) -> None:
     torch.set_num_threads(1)
     net = tiny_model(dropout=0.2)
     history = train.fit(
-        net, tiny_bundle(), epochs=20, batch_size=12, lr=0.02, hooks=[Slow(pipe, delay)],
+        net, tiny_bundle(), epochs=13, batch_size=12, lr=0.02, hooks=[Slow(pipe, delay)],
         checkpoint=directory, checkpoint_steps=1, device="cpu", progress=False, warmup_epochs=1,
     )  # fmt: skip
     assert history.finished

@@ -1,0 +1,210 @@
+"""Models: exact counts, names of public checkpoints, weights from files, errors that say what is valid."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tdlib import models
+from tdlib.errors import DataError, TdlibError, UnknownName
+from tdlib.models import weights as weight_files
+
+
+def _count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, classes, params, bn",
+    [
+        ("resnet20", 10, 269_722, 1_376),
+        ("resnet20", 100, 275_572, 1_376),
+        ("resnet32", 10, 464_154, 2_272),
+        ("resnet32", 100, 470_004, 2_272),
+        ("resnet56", 10, 853_018, 4_064),
+    ],
+)
+def test_parameter_counts(name, classes, params, bn):
+    """He et al. 2016, section 4.2 (0.27, 0.46 and 0.85 million parameters)."""
+    net = models.build(name, classes)
+    assert _count(net) == params
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert sum(_count(m) for m in norms) == bn
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+
+
+def test_resnet_parameter_names_are_the_public_ones():
+    names = set(models.build("resnet20", 10).state_dict())
+    expected = {"conv1.weight", "bn1.weight", "linear.weight", "linear.bias"}
+    for layer in (1, 2, 3):
+        for block in (0, 1, 2):
+            for part in (1, 2):
+                expected |= {
+                    f"layer{layer}.{block}.conv{part}.weight",
+                    f"layer{layer}.{block}.bn{part}.running_var",
+                }
+    assert expected <= names
+    assert not [name for name in names if "downsample" in name or "shortcut" in name]
+
+
+def test_option_a_shortcut_is_subsampling_and_zero_channels():
+    block = models.build("resnet20", 10).layer2[0].eval()
+    for parameter in block.parameters():
+        torch.nn.init.zeros_(parameter)
+    x = torch.rand(1, 16, 8, 8)
+    out = block(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not out[:, :8].any() and not out[:, 24:].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("name", ["cnn", "lstm"])
+def test_small_networks_fit_any_input(name, shape):
+    net = models.build(name, 7, input_shape=shape)
+    assert net(torch.zeros(2, *shape)).shape == (2, 7)
+    assert net._tdlib == {
+        "spec": {"name": name, "classes": 7, "kwargs": {"input_shape": list(shape)}},
+        "layers": {},
+    }
+
+
+def test_lstm_is_torch_lstm():
+    net = models.build("lstm", 4, input_shape=(1, 5, 6), hidden=8)
+    reference = torch.nn.LSTM(6, 8, batch_first=True)
+    with torch.no_grad():
+        reference.weight_ih_l0.copy_(net.input_to_hidden.weight)
+        reference.weight_hh_l0.copy_(net.hidden_to_hidden.weight)
+        reference.bias_ih_l0.copy_(net.input_to_hidden.bias)
+        reference.bias_hh_l0.zero_()
+    x = torch.randn(3, 5, 6)
+    torch.testing.assert_close(net(x), net.linear(reference(x)[0][:, -1]))
+    torch.testing.assert_close(net(x[:, None]), net(x))
+
+
+def test_grey_stems():
+    assert models.build("resnet20", 10, input_shape=(1, 32, 32)).conv1.in_channels == 1
+    net = models.build("resnet18", 10, input_shape=(1, 64, 64)).eval()
+    assert net(torch.zeros(1, 1, 64, 64)).shape == (1, 10)
+
+
+def test_torchvision_by_both_names():
+    plain, prefixed = models.build("resnet18", 1000), models.build("torchvision:resnet18", 1000)
+    assert _count(plain) == _count(prefixed) == 11_689_512
+    assert plain._tdlib["spec"]["name"] == "resnet18"
+    assert {"resnet20", "cnn", "lstm", "resnet18", "vgg16"} <= set(models.available())
+
+
+def test_class_names_instead_of_a_count():
+    assert models.build("cnn", ["a", "b", "c"]).linear.out_features == 3
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "nested", "prefixed"])
+def test_weights_from_files_and_half_precision(tmp_path, kind):
+    net = models.build("resnet20", 10)
+    state = {
+        key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()
+    }
+    path = tmp_path / f"w.{'safetensors' if kind == 'safetensors' else 'pt'}"
+    if kind == "safetensors":
+        state = {key: value for key, value in state.items() if "num_batches" not in key}
+        save_file(state, path)
+    elif kind == "nested":
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    else:
+        torch.save(
+            {("module." if kind == "prefixed" else "") + key: value for key, value in state.items()}, path
+        )
+    loaded = models.build("resnet20", 10, weights=path)
+    for key, value in loaded.state_dict().items():
+        if "num_batches" not in key:
+            assert value.dtype == torch.float32 and torch.equal(value, state[key].float())
+
+
+def test_class_mismatch_teaches(tmp_path):
+    path = tmp_path / "w.pt"
+    net = models.build("cnn", 10)
+    torch.save(net.state_dict(), path)
+    with pytest.raises(DataError, match=r"10 classes, the model 5.*new_head=True"):
+        models.build("cnn", 5, weights=path)
+    fresh = models.build("cnn", 5, weights=path, new_head=True)
+    assert torch.equal(fresh.conv1.weight, net.conv1.weight) and fresh.linear.out_features == 5
+
+
+def _evil(path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    torch.save(Evil(), path)
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda p: p.write_bytes(b"nonsense"), "cannot be read as weights"),
+        (lambda p: p.write_bytes(b""), "cannot be read as weights"),
+        (_evil, "cannot be read as weights"),
+        (lambda p: torch.save([1, 2], p), "holds no state_dict"),
+        (lambda p: torch.save({"conv1.weight": torch.zeros(1)}, p), "does not fit SmallCNN: missing"),
+        (lambda p: torch.save(models.build("cnn", 10, width=8).state_dict(), p), "has shape"),
+        (
+            lambda p: torch.save(
+                models.build("cnn", 10).state_dict() | {"bn1.bias": torch.full((32,), torch.nan)}, p
+            ),
+            "NaN or infinite values in bn1.bias",
+        ),
+    ],
+)
+def test_bad_weight_files(tmp_path, capsys, write, message):
+    path = tmp_path / "w.pt"
+    write(path)
+    with pytest.raises(DataError, match=message):
+        models.build("cnn", 10, weights=path)
+    assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: models.build("resnet21", 10), UnknownName, "resnet20"),
+        (lambda: models.build("torchvision:nothing", 10), UnknownName, "resnet18"),
+        (lambda: models.build("cnn", 0), TdlibError, "at least 1"),
+        (lambda: models.build("cnn", 10, depth=3), DataError, "depth"),
+        (lambda: models.build("lstm", 10, input_shape=(3,)), DataError, "sequences"),
+        (lambda: models.build("cnn", 10, weights="IMAGENET1K_V1"), DataError, "no weights named"),
+        (lambda: models.build("cnn", 10, weights="missing/w.pt"), DataError, "does not exist"),
+        (lambda: models.build("resnet18", 1000, weights="IMAGENET1K_V9"), UnknownName, "IMAGENET1K_V1"),
+        (lambda: models.pretrained("resnet20-nothing"), UnknownName, "unknown pretrained network"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_timm_absent_says_how(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(DataError, match="pip install timm"):
+        models.build("timm:resnet10t", 10)
+
+
+def test_pretrained_reads_the_zoo(tmp_path, monkeypatch):
+    net = models.build("resnet20", 5)
+    state = {key: value.half() for key, value in net.state_dict().items() if value.is_floating_point()}
+    save_file(
+        state, tmp_path / "mine.safetensors", {"name": "resnet20", "classes": "5", "input_shape": "3,32,32"}
+    )
+    monkeypatch.setattr(models, "ZOO", tmp_path)
+    loaded = models.pretrained("mine")
+    assert torch.equal(loaded.linear.weight, net.linear.weight.half().float())
+    with pytest.raises(UnknownName, match="there are: mine"):
+        models.pretrained("other")
+
+
+def test_loading_is_all_or_nothing():
+    net = models.build("cnn", 10)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    state = {key: torch.zeros_like(value) for key, value in before.items()}
+    state["linear.weight"] = torch.zeros(3, 3)
+    with pytest.raises(DataError):
+        weight_files.load_weights(net, state)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
