@@ -1,4 +1,4 @@
-"""Decompositions of tensors: pure functions from a dense tensor to factors, and back. The layers live elsewhere."""
+"""Decompositions: pure functions from a dense tensor to factors, and back. The layers live elsewhere."""
 
 from tdlib.tensor.cp import cp3, cp4, cp_als, cp_compose
 from tdlib.tensor.linalg import check_finite, leading_left, singular_values, truncated_svd

@@ -1,9 +1,10 @@
-"""CP (canonical polyadic) decomposition: Tucker first, then accelerated alternating least squares on the small core.
+"""CP (canonical polyadic) decomposition: Tucker first, then accelerated alternating least squares.
 
-A kernel of CP rank R lives in subspaces of at most R dimensions per mode, so ALS runs on a core of at most 2R per mode
-and costs little per sweep. Between sweeps the factors are extrapolated, and a sweep that does not lower the objective
-is taken back. Objective: ||T - That||² + ridge Σ_r w_r² with w_r the norms of the rank-one terms; the ridge
-keeps terms from growing without bound against each other (the best CP of a kernel need not exist).
+A kernel of CP rank R lives in subspaces of at most R dimensions per mode, so ALS runs on a core of at most 2R
+per mode and costs little per sweep; a few sweeps on the full kernel end it. Between sweeps the factors are
+extrapolated, and a sweep that does not lower the objective is taken back.
+Objective: ||T - That||² + ridge Σ_r w_r² with w_r the norms of the rank-one terms; the ridge keeps terms from
+growing without bound against each other (the best CP of a kernel need not exist).
 
 Sources: Kolda and Bader 2009, section 3.4 (ALS); Bro and Andersson 1998 (compression); Ang et al. 2020
 (arXiv 2001.04321) for extrapolation with restarts. Phan et al. 2020 (arXiv 2008.05441) on degenerate kernels.
@@ -23,8 +24,12 @@ from tdlib.errors import RankError
 from tdlib.tensor.linalg import check_ranks, full_precision, leading_left, working
 
 SWEEPS = 100
-TOL = 1e-5  # stop when a sweep lowers the relative error by less
+TOL = 1e-5  # stop when PATIENCE sweeps on end each lower the relative error by less
+PATIENCE = 3
 RIDGE = 1e-6
+FLOOR = 1e-13  # ridge that keeps the linear systems regular when none is asked for
+SHORT = 64  # modes up to this length are not compressed: it would cost accuracy and save no time
+POLISH = 5  # sweeps on the full tensor after those on the core
 
 
 @full_precision
@@ -37,12 +42,13 @@ def cp_als(
     ridge: float = RIDGE,
     trace: list[float] | None = None,
 ) -> CPTensor:
-    """CP of T (n_1, ..., n_d), d ≥ 2, at `rank`, cut to the product of all modes but the longest (exact there).
+    """CP of T (n_1, ..., n_d), d ≥ 2; `rank` is cut to the product of all modes but the longest, exact.
 
-    Returns unit weights (R,) and factors (n_k, R); every rank-one term is spread evenly over its d columns. At most
-    `sweeps` sweeps, ended earlier when one lowers the relative error by less than `tol`. `seed` fills columns that
-    the singular vectors do not. `ridge` is relative to ||T||². `trace` receives the root of the relative objective
-    (for ridge 0 the relative error) after every accepted sweep; it never rises. Not for vmap. Raises: RankError.
+    Returns unit weights (R,) and factors (n_k, R); every rank-one term is spread evenly over its d columns.
+    At most `sweeps` sweeps, ended earlier when three on end each lower the relative error by less than `tol`.
+    `seed` fills the columns that singular vectors do not. `trace` receives the root of the objective over
+    ||T||² (for ridge 0 the relative error) after every accepted sweep; it never rises. Not for vmap.
+    Raises: RankError.
     """
     if T.ndim < 2:
         raise RankError(f"CP needs at least two modes, got shape {tuple(T.shape)}")
@@ -52,20 +58,28 @@ def cp_als(
     bound = T.numel() // T.shape[longest]
     if rank >= bound:
         return CPTensor((T.new_ones(bound), _spread(_exact(T, longest))))
+    total = float(torch.linalg.vector_norm(T.double()) ** 2)
+    trace = [] if trace is None else trace
     core, bases = _compress(T, rank)
-    weights, factors = _als(core, _start(core, rank, seed), sweeps, tol, ridge, [] if trace is None else trace)
-    factors = [f if U is None else U @ f for U, f in zip(bases, factors, strict=True)]
+    weights, factors = _als(core, _start(core, rank, seed), sweeps, tol, ridge, total, trace)
+    if any(U is not None for U in bases):
+        factors = [f if U is None else U @ f for U, f in zip(bases, factors, strict=True)]
+        weights, factors = _als(T, factors, min(sweeps, POLISH), tol, ridge, total, trace)
     return CPTensor((torch.ones_like(weights), _spread([factors[0] * weights, *factors[1:]])))
 
 
-def cp3(W: Tensor, rank: int, **options: object) -> CPTensor:
-    """CP of W (O, I, kh, kw) with the spatial modes merged: factors (O, R), (I, R), (kh kw, R). Options: `cp_als`."""
-    return cp_als(W.flatten(2), rank, **options)  # type: ignore[arg-type]
+def cp3(
+    W: Tensor, rank: int, sweeps: int = SWEEPS, tol: float = TOL, seed: int = 0, ridge: float = RIDGE
+) -> CPTensor:
+    """CP of W (O, I, kh, kw), spatial modes merged: factors (O, R), (I, R), (kh kw, R). See `cp_als`."""
+    return cp_als(W.flatten(2), rank, sweeps, tol, seed, ridge)
 
 
-def cp4(W: Tensor, rank: int, **options: object) -> CPTensor:
-    """CP of W (O, I, kh, kw): factors (O, R), (I, R), (kh, R), (kw, R). Options: `cp_als`."""
-    return cp_als(W, rank, **options)  # type: ignore[arg-type]
+def cp4(
+    W: Tensor, rank: int, sweeps: int = SWEEPS, tol: float = TOL, seed: int = 0, ridge: float = RIDGE
+) -> CPTensor:
+    """CP of W (O, I, kh, kw): factors (O, R), (I, R), (kh, R), (kw, R). See `cp_als`."""
+    return cp_als(W, rank, sweeps, tol, seed, ridge)
 
 
 def cp_compose(cp: CPTensor | tuple[Tensor | None, Sequence[Tensor]]) -> Tensor:
@@ -81,18 +95,19 @@ def cp_compose(cp: CPTensor | tuple[Tensor | None, Sequence[Tensor]]) -> Tensor:
 def _exact(T: Tensor, longest: int) -> list[Tensor]:
     """The CP of one term per fibre along the longest mode."""
     others = [n for k, n in enumerate(T.shape) if k != longest]
-    indices = torch.cartesian_prod(*(torch.arange(n, device=T.device) for n in others)).reshape(-1, len(others))
-    factors = [torch.eye(n, dtype=T.dtype, device=T.device)[:, i] for n, i in zip(others, indices.T, strict=True)]
+    fibres = torch.cartesian_prod(*(torch.arange(n) for n in others)).reshape(-1, len(others)).T.to(T.device)
+    factors = [torch.eye(n, device=T.device).to(T)[:, i] for n, i in zip(others, fibres, strict=True)]
     factors.insert(longest, T.movedim(longest, 0).flatten(1))
     return factors
 
 
 def _compress(T: Tensor, rank: int) -> tuple[Tensor, list[Tensor | None]]:
-    """(core, bases): modes longer than 2·rank projected on their 2·rank leading directions; None where not."""
+    """(core, bases): long modes projected on their leading directions, at least 2·rank; None where not."""
     bases: list[Tensor | None] = [None] * T.ndim
+    size = max(2 * rank, SHORT)
     for k in sorted(range(T.ndim), key=lambda k: -T.shape[k]):
-        if T.shape[k] > 2 * rank:
-            bases[k] = U = leading_left(T.movedim(k, 0).flatten(1), 2 * rank)
+        if T.shape[k] > size:
+            bases[k] = U = leading_left(T.movedim(k, 0).flatten(1), size)
             T = torch.tensordot(U.mT, T.movedim(k, 0), dims=1).movedim(0, k)
     return T.contiguous(), bases
 
@@ -109,18 +124,17 @@ def _start(T: Tensor, rank: int, seed: int) -> list[Tensor]:
 
 
 def _als(
-    T: Tensor, factors: list[Tensor], sweeps: int, tol: float, ridge: float, trace: list[float]
+    T: Tensor, factors: list[Tensor], sweeps: int, tol: float, ridge: float, total: float, trace: list[float]
 ) -> tuple[Tensor, list[Tensor]]:
-    """(weights, unit-norm factors) after accelerated ALS from `factors`."""
-    total = float(torch.linalg.vector_norm(T.double()) ** 2)
+    """(weights, unit-norm factors) by accelerated ALS from `factors`; `total`: ||T||² before compression."""
     if total == 0:
         return T.new_zeros(factors[0].shape[1]), factors
     weights, factors, best = _sweep(T, factors, ridge, total)
     trace.append(math.sqrt(max(best, 0) / total))
-    start, momentum, ceiling = factors, 0.5, 1.0
+    start, momentum, ceiling, still = factors, 0.5, 1.0, 0
     for _ in range(sweeps - 1):
         new_weights, new, objective = _sweep(T, start, ridge, total)
-        if objective > best:  # extrapolated too far, or at rounding level: again from where it was good
+        if not objective <= best:  # extrapolated too far, or at rounding level: again from where it was good
             if start is factors:
                 break
             start, ceiling, momentum = factors, momentum, momentum / 2
@@ -130,7 +144,8 @@ def _als(
         gain, best = trace[-2] - trace[-1], objective
         weights, factors = new_weights, new
         ceiling, momentum = min(1.0, 1.05 * ceiling), min(ceiling, 1.1 * momentum)
-        if gain < tol:
+        still = still + 1 if gain < tol else 0
+        if still == PATIENCE:
             break
     return weights, factors
 
@@ -150,7 +165,7 @@ def _sweep(
             modes = [m for m in range(d) if m != away]
         right = _reduce(partial, factors, modes, k).double()
         gram = math.prod([grams[m] for m in range(d) if m != k], start=torch.ones_like(eye))
-        new = torch.linalg.solve(gram + ridge * eye, right.mT).mT
+        new = torch.linalg.solve(gram + max(ridge, FLOOR) * eye, right.mT).mT
         weights = torch.linalg.vector_norm(new, dim=0).clamp_min(torch.finfo(T.dtype).tiny)
         unit = new / weights
         factors[k], grams[k] = unit.to(T.dtype), unit.mT @ unit
@@ -159,7 +174,7 @@ def _sweep(
 
 
 def _reduce(X: Tensor, factors: list[Tensor], modes: list[int], k: int) -> Tensor:
-    """X, with the axes `modes` and a last one R, summed against the factors of all its modes but k: (n_k, R)."""
+    """X, of axes `modes` and a last one R, summed against the factors of its modes other than k: (n_k, R)."""
     for axis in reversed(range(len(modes))):
         if modes[axis] != k:
             factor = factors[modes[axis]]

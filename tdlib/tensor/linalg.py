@@ -1,9 +1,9 @@
 """Leading singular subspaces by the Gram matrix of the short side, and the checks that every format shares.
 
 The m×n unfolding of a kernel is usually wide: one product gives the small Gram matrix, whose eigenvectors are
-the singular vectors. The Gram matrix squares the condition number, so in float32 directions below about 3e-4 of
-the largest singular value are lost. That does not matter while the cut is far above them (the projection U Uᵀ M
-is accurate for any orthonormal U); where it could, the Gram matrix is made in float64: see `gram_dtype`.
+the singular vectors. The Gram matrix squares the condition number, so in float32 directions below about 3e-4
+of the largest singular value are lost. That does not matter while the cut is far above them (the projection
+U Uᵀ M is accurate for any orthonormal U); where it could, the Gram matrix is in float64: see `gram_dtype`.
 
 Nothing here branches on data, so `torch.vmap` maps all of it over a stack of matrices.
 """
@@ -74,7 +74,7 @@ def check_ranks(ranks: Sequence[int] | int, count: int, what: str) -> tuple[int,
         if whole < 1 or isinstance(rank, bool):
             raise RankError(
                 f"{what} got the rank {rank!r} in {given}; a rank is an integer of at least 1 "
-                "(larger than the bound is fine, it is cut). Leave the layer out of the plan to keep it dense."
+                "(above the bound is fine, it is cut). To keep a layer dense, leave it out of the plan."
             )
     return tuple(operator.index(rank) for rank in given)
 
@@ -132,8 +132,9 @@ def split(M: Tensor, r: int, dtype: torch.dtype | None = None) -> tuple[Tensor, 
 def truncated_svd(M: Tensor, r: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(U (m, r), S (r,), Vh (r, n)), largest singular value first; r is cut to min(m, n).
 
-    U diag(S) Vh is the projection of M on its leading subspace, to rounding. The vectors of the long side that
-    belong to singular values at rounding level are unit vectors but not orthogonal; to a zero one, they are zero.
+    U diag(S) Vh is the projection of M on its leading subspace, to rounding. Vectors of the long side that
+    belong to singular values at rounding level have unit length but are not orthogonal; where the value is
+    zero, so are they.
     """
     (r,) = check_ranks(r, 1, "truncated_svd")
     A, B = split(M, r, dtype)

@@ -29,20 +29,20 @@ def svd_factors(M: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 @full_precision
 def spatial_svd(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """(V (r, I, kh, 1), H (O, r, 1, kw)) with W[o, i, a, b] ≈ Σ_r H[o, r, b] V[r, i, a]; r cut to min(I kh, O kw).
+    """(V (r, I, kh, 1), H (O, r, 1, kw)), W[o, i, a, b] ≈ Σ_r H[o, r, b] V[r, i, a]; r ≤ min(I kh, O kw).
 
     Source: Jaderberg et al. 2014 (arXiv 1405.3866), scheme 2, solved in closed form. Raises: RankError.
     """
-    O, I, kh, kw = W.shape
-    A, B = svd_factors(W.permute(1, 2, 0, 3).reshape(I * kh, O * kw), r)
-    V = A.mT.reshape(-1, I, kh, 1)
-    H = B.reshape(-1, O, 1, kw).transpose(0, 1)
+    n_out, n_in, kh, kw = W.shape
+    A, B = svd_factors(W.permute(1, 2, 0, 3).reshape(n_in * kh, n_out * kw), r)
+    V = A.mT.reshape(-1, n_in, kh, 1)
+    H = B.reshape(-1, n_out, 1, kw).transpose(0, 1)
     return V.contiguous(), H.contiguous()
 
 
 @full_precision
 def tt_matrix(M: Tensor, out_modes: Sequence[int], in_modes: Sequence[int], ranks: Sequence[int]) -> TTMatrix:
-    """TT-matrix of M (O, I): a train over paired modes, cores (r_{k-1}, o_k, i_k, r_k); d - 1 inner ranks, cut.
+    """TT-matrix of M (O, I): a train over paired modes, cores (r_{k-1}, o_k, i_k, r_k); d - 1 inner ranks.
 
     Source: Novikov et al. 2015 (arXiv 1509.06569). Raises: RankError.
     """
@@ -60,7 +60,7 @@ def tt_matrix(M: Tensor, out_modes: Sequence[int], in_modes: Sequence[int], rank
 
 def tt_matrix_compose(cores: Sequence[Tensor]) -> Tensor:
     """The matrix (Π o_k, Π i_k) of cores (r_{k-1}, o_k, i_k, r_k). Differentiable."""
-    full = torch.ones_like(list(cores)[0][:, 0, :1, :1])  # (rows, columns, r) with one row and one column
+    full = torch.ones_like(cores[0][:, 0, :1, :1])  # (rows, columns, r) with one row and one column
     for core in cores:
         full = torch.einsum("mnr,rois->monis", full, core)
         m, o, n, i, s = full.shape
@@ -70,11 +70,12 @@ def tt_matrix_compose(cores: Sequence[Tensor]) -> Tensor:
 
 @functools.cache
 def factorise_modes(n: int, d: int) -> tuple[int, ...]:
-    """n as a product of d whole numbers, as equal as possible (the least sum), ascending: (512, 3) -> (8, 8, 8)."""
+    """n as a product of d whole numbers, as equal as possible (least sum), ascending: (48, 2) -> (6, 8)."""
     if n < 1 or d < 1:
         raise RankError(f"factorise_modes needs n ≥ 1 and d ≥ 1, got n={n}, d={d}")
     if d == 1:
         return (n,)
     # The smallest factor is at most the d-th root.
     small = (k for k in range(1, math.isqrt(n) + 1) if n % k == 0 and k**d <= n)
-    return min((tuple(sorted((k, *factorise_modes(n // k, d - 1)))) for k in small), key=lambda f: (sum(f), f[-1]))
+    options = (tuple(sorted((k, *factorise_modes(n // k, d - 1)))) for k in small)
+    return min(options, key=lambda f: (sum(f), f[-1]))

@@ -13,7 +13,7 @@ from tdlib.tensor.linalg import check_finite, singular_values
 
 
 def energy_rank(M: Tensor, energy: float) -> int:
-    """Smallest r ≥ 1 whose r leading singular values of M (m, n) hold at least `energy` in (0, 1] of ||M||_F²."""
+    """Smallest r ≥ 1 whose leading singular values of M (m, n) hold at least `energy`, in (0, 1], of ||M||²."""
     if not 0 < energy <= 1:
         raise RankError(f"energy is the retained fraction of the squared norm, in (0, 1]; got {energy!r}")
     squares = singular_values(check_finite(M, "the matrix").double()).square().cpu().numpy()
@@ -25,12 +25,12 @@ def energy_rank(M: Tensor, energy: float) -> int:
 
 
 def evbmf_rank(M: Tensor) -> int:
-    """Rank of the empirical variational Bayesian factorisation of M (m, n); noise variance estimated. May be 0.
+    """Rank of M (m, n) by empirical variational Bayes, with the noise variance estimated. May be 0.
 
     With L ≤ N the sides, a = L/N and x_h = γ_h²/(N σ²) the scaled squared singular values, components above
     x_min = (1 + τ)(1 + a/τ), τ = 2.5129 √a, are kept, and σ² minimises the free energy
     Σ_h x_h - log x_h + [x_h > x_min] (log(t_h + 1) + a log(t_h/a + 1) - t_h), where t_h solves
-    x_h = (1 + t_h)(1 + a/t_h). Source: Nakajima et al., JMLR 14 (2013), theorems 2 and 3 (empirical case).
+    x_h = (1 + t_h)(1 + a/t_h). Source: Nakajima et al., JMLR 14 (2013), the analytic empirical solution.
     """
     check_finite(M, "the matrix")
     short, long = sorted(M.shape)
@@ -50,7 +50,7 @@ def evbmf_rank(M: Tensor) -> int:
         gain = np.log1p(t) + a * np.log1p(t / a) - t
         return (x - np.log(x) + kept * gain).sum(-1)
 
-    # The variance lies between these bounds; the free energy has kinks, so a grid comes before the refinement.
+    # The variance lies between these bounds; the free energy has kinks, so a grid precedes the refinement.
     most = min(math.ceil(short / (1 + a)) - 1, short - 1)
     lower = max(squares[most] / (long * x_min), squares[most:].mean() / long)
     upper = squares.sum() / (short * long)

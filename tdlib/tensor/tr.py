@@ -1,8 +1,8 @@
 """Tensor ring: TR-SVD at prescribed ranks, then alternating least squares from there.
 
-TR-SVD alone is far from the best ring of its ranks, because the first split decides the closing rank blindly; and it
-cannot use r_0 r_1 > n_0 at all. Least-squares sweeps over the cores mend both. Each is a proximal step in float64, so
-the error never rises, and nothing branches on data, so that `torch.vmap` maps it.
+TR-SVD alone is far from the best ring of its ranks, because the first split decides the closing rank
+blindly; and it cannot use r_0 r_1 > n_0 at all. Least-squares sweeps over the cores mend both. Each is a
+proximal step in float64, so the error never rises, and nothing branches on data: `torch.vmap` maps it.
 Source: Zhao et al. 2016 (arXiv 1606.05535), algorithms 1 and 2.
 """
 
@@ -20,12 +20,12 @@ from tdlib.errors import RankError
 from tdlib.tensor.linalg import check_ranks, full_precision, leading_left, split, working
 
 SWEEPS = 4
-LARGEST_SYSTEM = 1024  # unknowns per slice, r_k r_{k+1}, above which sweeps cost more than they are worth
-PROXIMAL = 1e-10  # weight of the distance to the current core, relative to the mean diagonal of the normal matrix
+LARGEST_SYSTEM = 1024  # unknowns per slice, r_k r_{k+1}, above which sweeps cost more than they give
+PROXIMAL = 1e-10  # weight of the distance to the current core, relative to the normal matrix
 
 
 def tr_clip(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """The effective ring ranks: r_0 ≤ n_0 r_1, and r_k ≤ r_{k-1} n_{k-1} and r_k ≤ r_0 n_k ... n_{d-1} for k ≥ 1."""
+    """The effective ring ranks: r_0 ≤ n_0 r_1; r_k ≤ r_{k-1} n_{k-1} and r_k ≤ r_0 n_k ... n_{d-1} for k ≥ 1."""
     clipped = [min(ranks[0], shape[0] * ranks[1])]
     for k in range(1, len(shape)):
         clipped.append(min(ranks[k], clipped[-1] * shape[k - 1], math.prod(shape[k:]) * clipped[0]))
@@ -36,8 +36,8 @@ def tr_clip(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
 def tr_svd(T: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> TRTensor:
     """Tensor ring of T (n_0, ..., n_{d-1}), d ≥ 2, at ring ranks (r_0, ..., r_{d-1}), cut by `tr_clip`.
 
-    Returns cores (r_k, n_k, r_{k+1}) with r_d = r_0. `sweeps` of least squares follow TR-SVD (0: TR-SVD alone; none
-    where a system would exceed LARGEST_SYSTEM unknowns). Raises: RankError.
+    Returns cores (r_k, n_k, r_{k+1}) with r_d = r_0. `sweeps` of least squares follow TR-SVD (0: TR-SVD alone;
+    none where a system would exceed LARGEST_SYSTEM unknowns). Raises: RankError.
     """
     sizes = tuple(T.shape)
     if len(sizes) < 2:
@@ -69,7 +69,7 @@ def tr_compose(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _first_split(ring: Sequence[int], first: int) -> tuple[int, int]:
-    """(a_0, a_1) within (r_0, r_1) with the largest product ≤ `first`, the unfolding's rank; the most even of these."""
+    """(a_0, a_1) within (r_0, r_1) of the largest product ≤ `first`, the unfolding's rank; the most even such."""
     r0, r1 = ring[:2]
     pairs = ((a, min(r1, first // a)) for a in range(1, min(r0, first) + 1))
     return max(pairs, key=lambda p: (p[0] * p[1], min(p)))
@@ -98,7 +98,7 @@ def _tr_svd(T: Tensor, ring: Sequence[int]) -> list[Tensor]:
 def _grow(cores: list[Tensor], ring: Sequence[int]) -> list[Tensor]:
     """Pad the cores to the ring's ranks without changing their tensor.
 
-    Of a new bond index the core after the bond gets noise and the one before it zeros, for the sweeps to fill.
+    Of a new bond index the core after the bond gets noise and the one before it zeros: the sweeps fill them.
     """
     generator = np.random.default_rng(0)
     grown = []
@@ -119,14 +119,14 @@ def _update(T: Tensor, cores: list[Tensor], k: int) -> Tensor:
     d = len(cores)
     before, n, after = cores[k].shape
     right = _contract(T, cores, k).reshape(n, before * after)
-    normal = None
+    normal = torch.eye(after * after, dtype=T.dtype, device=T.device)
     for m in range(k + 1, k + d):
         core = cores[m % d]
-        gram = torch.einsum("anb,cnd->acbd", core, core).flatten(2).flatten(0, 1)
-        normal = gram if normal is None else normal @ gram
+        normal = normal @ torch.einsum("anb,cnd->acbd", core, core).flatten(2).flatten(0, 1)
     normal = normal.reshape(after, after, before, before).permute(2, 0, 3, 1).reshape(before * after, -1)
     normal = (normal + normal.mT) / 2
-    scale = normal.diagonal().mean().clamp_min(torch.finfo(normal.dtype).tiny)
+    scale = normal.diagonal().mean()
+    scale = torch.where(scale > 0, scale, 1.0)  # a zero tensor
     system = normal + PROXIMAL * scale * torch.eye(before * after, dtype=T.dtype, device=T.device)
     old = cores[k].transpose(0, 1).reshape(n, before * after)
     step = torch.linalg.solve(system, (right - old @ normal).mT).mT
@@ -134,7 +134,7 @@ def _update(T: Tensor, cores: list[Tensor], k: int) -> Tensor:
 
 
 def _contract(T: Tensor, cores: list[Tensor], k: int) -> Tensor:
-    """T contracted with all cores but k: (n_k, r_k, r_{k+1}). Starts at the longest mode, then goes both ways."""
+    """T contracted with all cores but k: (n_k, r_k, r_{k+1}). Starts at the longest mode."""
     d = len(cores)
     modes = [chr(ord("a") + m) for m in range(d)]
     bonds = [chr(ord("A") + m) for m in range(d)]
@@ -151,6 +151,6 @@ def _contract(T: Tensor, cores: list[Tensor], k: int) -> Tensor:
 def _balance(cores: list[Tensor]) -> list[Tensor]:
     """Cores of equal norm with the same tensor."""
     norms = torch.stack([torch.linalg.vector_norm(core) for core in cores])
-    norms = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    norms = norms.clamp_min(1e-100)  # in float64
     mean = norms.log().mean().exp()
     return [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)]

@@ -1,7 +1,8 @@
-"""Tensor train by successive truncated SVDs, and the layout of a convolution kernel as a tensor to be trained.
+"""Tensor train by successive truncated SVDs, and the layout that turns a kernel into a tensor.
 
-A kernel (O, I, kh, kw) becomes (*out_modes, K, *in_modes), K = kh·kw: the spatial mode sits in the middle core and
-the channels may be factorised. Source: Oseledets 2011; Yin et al., CVPR 2021 (arXiv 2107.12422) for the layout.
+A kernel (O, I, kh, kw) becomes (*out_modes, K, *in_modes), K = kh·kw: the spatial mode sits in the middle core
+and the channels may be factorised.
+Sources: Oseledets 2011 for TT-SVD; Yin et al., CVPR 2021 (arXiv 2107.12422) for the layout.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tdlib.tensor.linalg import check_ranks, full_precision, leading_left, split
 
 
 def tt_rank_bounds(shape: Sequence[int]) -> tuple[int, ...]:
-    """The inner ranks (ndim - 1 of them) at which a train of this shape is exact: the unfoldings' short sides."""
+    """The ndim - 1 inner ranks at which a train of this shape is exact: the unfoldings' short sides."""
     return tuple(min(math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape)))
 
 
@@ -26,8 +27,8 @@ def tt_rank_bounds(shape: Sequence[int]) -> tuple[int, ...]:
 def tt_svd(T: Tensor, ranks: Sequence[int]) -> TTTensor:
     """TT-SVD of T (n_1, ..., n_d) at the d - 1 inner ranks, cut to `tt_rank_bounds` and to r_{k-1} n_k.
 
-    Returns cores (r_{k-1}, n_k, r_k), r_0 = r_d = 1; all but the last two are left-orthonormal. The squared error
-    is at most the sum of the squared errors of the d - 1 unfoldings. Raises: RankError.
+    Returns cores (r_{k-1}, n_k, r_k), r_0 = r_d = 1; all but the last two are left-orthonormal. The squared
+    error is at most the sum of the squared errors of the d - 1 unfoldings. Raises: RankError.
     """
     if T.ndim < 1:
         raise RankError("tt_svd needs a tensor with at least one mode, got a number")
@@ -60,7 +61,7 @@ def tt_compose(cores: Sequence[Tensor]) -> Tensor:
 def conv_to_tt_tensor(
     W: Tensor, out_modes: Sequence[int] | None = None, in_modes: Sequence[int] | None = None
 ) -> Tensor:
-    """(O, I, kh, kw) to (*out_modes, K, *in_modes); (O, I) to (*out_modes, *in_modes). Modes default to whole.
+    """(O, I, kh, kw) to (*out_modes, K, *in_modes); (O, I) to (*out_modes, *in_modes). Default: whole modes.
 
     Raises: RankError if the modes do not multiply to the channels.
     """
@@ -68,7 +69,9 @@ def conv_to_tt_tensor(
     for name, chosen, size in (("out_modes", out_modes, W.shape[0]), ("in_modes", in_modes, W.shape[1])):
         modes.append((size,) if chosen is None else tuple(chosen))
         if math.prod(modes[-1]) != size:
-            raise RankError(f"{name}={modes[-1]} multiply to {math.prod(modes[-1])}, but there are {size} channels")
+            raise RankError(
+                f"{name}={modes[-1]} multiply to {math.prod(modes[-1])}, but there are {size} channels"
+            )
     if W.ndim == 2:
         return W.reshape(*modes[0], *modes[1])
     return W.flatten(2).transpose(1, 2).reshape(*modes[0], -1, *modes[1])
@@ -79,5 +82,4 @@ def tt_tensor_to_conv(T: Tensor, shape: Sequence[int]) -> Tensor:
     shape = tuple(shape)
     if len(shape) == 2:
         return T.reshape(shape)
-    O, I = shape[:2]
-    return T.reshape(O, -1, I).transpose(1, 2).reshape(shape)
+    return T.reshape(shape[0], -1, shape[1]).transpose(1, 2).reshape(shape)

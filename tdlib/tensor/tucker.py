@@ -16,9 +16,9 @@ from tdlib.tensor.linalg import check_ranks, full_precision, leading_left, worki
 
 
 class Tucker2Tensor(TuckerTensor):
-    """TensorLy's Tucker container with factors for the first two modes only; unpacks as (core, [U_out, U_in]).
+    """TensorLy's Tucker container with factors for the first two modes; unpacks as (core, [U_out, U_in]).
 
-    TensorLy's own class wants one factor per mode. `tensorly.tenalg.multi_mode_dot(core, factors)` composes it.
+    TensorLy's own class wants one factor per mode. `tensorly.tucker_to_tensor((core, factors))` composes it.
     """
 
     def __init__(self, tucker_tensor: tuple[Tensor, Sequence[Tensor]]) -> None:
@@ -44,25 +44,25 @@ def tucker2(W: Tensor, ranks: Sequence[int], sweeps: int = 2) -> Tucker2Tensor:
     if W.ndim < 2:
         raise RankError(f"tucker2 needs a kernel (O, I, ...), got shape {tuple(W.shape)}")
     r_out, r_in = check_ranks(ranks, 2, "tucker2")
-    O, I, *spatial = W.shape
+    n_out, n_in, *spatial = W.shape
     # Channels last, (O, K, I): every product below is a plain matrix product.
-    T = working(W).reshape(O, I, -1).transpose(1, 2).contiguous()
+    T = working(W).reshape(n_out, n_in, -1).transpose(1, 2).contiguous()
     K = T.shape[1]
-    rows, columns = T.reshape(O, K * I), T.reshape(O * K, I)
+    rows, columns = T.reshape(n_out, K * n_in), T.reshape(n_out * K, n_in)
     U_in = leading_left(columns.mT, r_in)
     if sweeps == 0:
         U_out = leading_left(rows, r_out)
     for _ in range(sweeps):
         # HOSVD's output factor would be overwritten here before it is used, so it is not computed.
-        U_out = leading_left((columns @ U_in).reshape(O, -1), r_out)
-        U_in = leading_left((U_out.mT @ rows).reshape(-1, I).mT, r_in)
-    core = (U_out.mT @ rows).reshape(-1, I) @ U_in
+        U_out = leading_left((columns @ U_in).reshape(n_out, -1), r_out)
+        U_in = leading_left((U_out.mT @ rows).reshape(-1, n_in).mT, r_in)
+    core = (U_out.mT @ rows).reshape(-1, n_in) @ U_in
     core = core.reshape(U_out.shape[1], K, U_in.shape[1]).transpose(1, 2)
     return Tucker2Tensor((core.reshape(*core.shape[:2], *spatial).contiguous(), [U_out, U_in]))
 
 
 def tucker2_compose(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """The kernel (O, I, kh, kw) of core (r_out, r_in, kh, kw) and factors [(O, r_out), (I, r_in)]. Differentiable."""
+    """The kernel (O, I, kh, kw) of core (r_out, r_in, kh, kw), factors [(O, r_out), (I, r_in)]. Differentiable."""
     U_out, U_in = factors
     T = torch.einsum("oa,ab...->ob...", U_out, core)
     return torch.einsum("ob...,ib->oi...", T, U_in)
