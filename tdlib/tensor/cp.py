@@ -27,6 +27,7 @@ SWEEPS = 100
 TOL = 1e-5  # stop when PATIENCE sweeps on end each lower the relative error by less
 PATIENCE = 3
 RIDGE = 1e-6
+NOISE = 0.01  # added to the starting vectors, which have unit length
 FLOOR = 1e-13  # ridge that keeps the linear systems regular when none is asked for
 SHORT = 64  # modes up to this length are not compressed: it would cost accuracy and save no time
 POLISH = 5  # sweeps on the full tensor after those on the core
@@ -46,7 +47,7 @@ def cp_als(
 
     Returns unit weights (R,) and factors (n_k, R); every rank-one term is spread evenly over its d columns.
     At most `sweeps` sweeps, ended earlier when three on end each lower the relative error by less than `tol`.
-    `seed` fills the columns that singular vectors do not. `trace` receives the root of the objective over
+    `seed` draws the part of the start that is random. `trace` receives the root of the objective over
     ||T||² (for ridge 0 the relative error) after every accepted sweep; it never rises. Not for vmap.
     Raises: RankError.
     """
@@ -113,13 +114,15 @@ def _compress(T: Tensor, rank: int) -> tuple[Tensor, list[Tensor | None]]:
 
 
 def _start(T: Tensor, rank: int, seed: int) -> list[Tensor]:
-    """Leading left singular vectors of every unfolding, missing columns drawn at random."""
+    """Leading left singular vectors of every unfolding, missing columns drawn at random; with a little noise,
+    because singular vectors alone can be a saddle point."""
     generator = np.random.default_rng(seed)
     factors = []
     for k, n in enumerate(T.shape):
         U = leading_left(T.movedim(k, 0).flatten(1), min(rank, n))
-        drawn = generator.standard_normal((n, rank - U.shape[1])) / math.sqrt(n)
-        factors.append(torch.cat([U, torch.as_tensor(drawn, dtype=T.dtype, device=T.device)], dim=1))
+        drawn = torch.as_tensor(generator.standard_normal((n, rank)) / math.sqrt(n)).to(T)
+        drawn[:, : U.shape[1]] = U + NOISE * drawn[:, : U.shape[1]]
+        factors.append(drawn)
     return factors
 
 

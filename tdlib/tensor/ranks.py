@@ -13,7 +13,7 @@ from tdlib.tensor.linalg import check_finite, singular_values
 
 
 def energy_rank(M: Tensor, energy: float) -> int:
-    """Smallest r ≥ 1 whose leading singular values of M (m, n) hold at least `energy`, in (0, 1], of ||M||²."""
+    """Smallest r ≥ 1 at which the leading singular values of M (m, n) hold `energy`, in (0, 1], of ||M||²."""
     if not 0 < energy <= 1:
         raise RankError(f"energy is the retained fraction of the squared norm, in (0, 1]; got {energy!r}")
     squares = singular_values(check_finite(M, "the matrix").double()).square().cpu().numpy()

@@ -25,7 +25,7 @@ PROXIMAL = 1e-10  # weight of the distance to the current core, relative to the 
 
 
 def tr_clip(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """The effective ring ranks: r_0 ≤ n_0 r_1; r_k ≤ r_{k-1} n_{k-1} and r_k ≤ r_0 n_k ... n_{d-1} for k ≥ 1."""
+    """Effective ring ranks: r_0 ≤ n_0 r_1; r_k ≤ r_{k-1} n_{k-1} and r_k ≤ r_0 n_k ... n_{d-1} for k ≥ 1."""
     clipped = [min(ranks[0], shape[0] * ranks[1])]
     for k in range(1, len(shape)):
         clipped.append(min(ranks[k], clipped[-1] * shape[k - 1], math.prod(shape[k:]) * clipped[0]))
@@ -36,8 +36,8 @@ def tr_clip(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
 def tr_svd(T: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> TRTensor:
     """Tensor ring of T (n_0, ..., n_{d-1}), d ≥ 2, at ring ranks (r_0, ..., r_{d-1}), cut by `tr_clip`.
 
-    Returns cores (r_k, n_k, r_{k+1}) with r_d = r_0. `sweeps` of least squares follow TR-SVD (0: TR-SVD alone;
-    none where a system would exceed LARGEST_SYSTEM unknowns). Raises: RankError.
+    Returns cores (r_k, n_k, r_{k+1}) with r_d = r_0. `sweeps` of least squares follow TR-SVD (0: none;
+    none either where a system would exceed LARGEST_SYSTEM unknowns). Raises: RankError.
     """
     sizes = tuple(T.shape)
     if len(sizes) < 2:
@@ -69,7 +69,7 @@ def tr_compose(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _first_split(ring: Sequence[int], first: int) -> tuple[int, int]:
-    """(a_0, a_1) within (r_0, r_1) of the largest product ≤ `first`, the unfolding's rank; the most even such."""
+    """(a_0, a_1) ≤ (r_0, r_1) of the largest product ≤ `first`, the unfolding's rank; the most even such."""
     r0, r1 = ring[:2]
     pairs = ((a, min(r1, first // a)) for a in range(1, min(r0, first) + 1))
     return max(pairs, key=lambda p: (p[0] * p[1], min(p)))

@@ -1,7 +1,7 @@
 """Tensor train by successive truncated SVDs, and the layout that turns a kernel into a tensor.
 
-A kernel (O, I, kh, kw) becomes (*out_modes, K, *in_modes), K = kh·kw: the spatial mode sits in the middle core
-and the channels may be factorised.
+A kernel (O, I, kh, kw) becomes (*out_modes, K, *in_modes), K = kh·kw: the spatial mode sits in the middle
+core and the channels may be factorised.
 Sources: Oseledets 2011 for TT-SVD; Yin et al., CVPR 2021 (arXiv 2107.12422) for the layout.
 """
 

@@ -62,7 +62,7 @@ def tucker2(W: Tensor, ranks: Sequence[int], sweeps: int = 2) -> Tucker2Tensor:
 
 
 def tucker2_compose(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """The kernel (O, I, kh, kw) of core (r_out, r_in, kh, kw), factors [(O, r_out), (I, r_in)]. Differentiable."""
+    """The kernel (O, I, kh, kw) of core (r_out, r_in, kh, kw) and [(O, r_out), (I, r_in)]. Differentiable."""
     U_out, U_in = factors
     T = torch.einsum("oa,ab...->ob...", U_out, core)
     return torch.einsum("ob...,ib->oi...", T, U_in)
