@@ -180,7 +180,7 @@ def stage() -> Path:
         _put(SRC / "book" / path.relative_to(book), path.read_bytes())
     for name, make in GENERATED.items():
         _put(SRC / "book" / name, (make() + "\n").encode())
-    _mathjax(SRC / "_static" / "mathjax")
+    _mathjax(SRC / "static" / "mathjax")  # not _static: Jupyter Book loads every script there on every page
     return SRC
 
 
