@@ -26,23 +26,29 @@ class Moments(Protocol):
 
     count: int
 
-    def update(self, x: Tensor) -> None:
-        """Take the layer's input."""
+    def update(self, x: Tensor, other: Tensor | None = None) -> None:
+        """Take the layer's input; with `cross`, also the same layer's input in another network."""
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(Sigma (n, n), mean (n,)), float64 on the CPU."""
 
 
-def accumulator(module: nn.Module, name: str, positions: int | None, generator: torch.Generator) -> Moments:
-    """The accumulator that fits the layer."""
+def accumulator(
+    module: nn.Module,
+    name: str,
+    positions: int | None = None,
+    generator: torch.Generator | None = None,
+    cross: bool = False,
+) -> Moments:
+    """The accumulator that fits the layer; with `cross`, of E[x other^T] (and E[x]) instead of E[x x^T]."""
     if isinstance(module, nn.Linear):
-        return Flat(module.in_features)
+        return Flat(module.in_features, cross)
     if not isinstance(module, nn.Conv2d):
         raise DataError(f"layer {name!r} is a {type(module).__name__}; only Conv2d and Linear have statistics")
     one = module.kernel_size == (1, 1)
     if positions is None and not one and module.stride == (1, 1) and module.dilation == (1, 1):
-        return Shifted(module)
-    return Unfolded(module, positions, generator)
+        return Shifted(module, cross)
+    return Unfolded(module, positions, generator, cross)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -61,48 +67,57 @@ def add_gram(total: Tensor, rows: Tensor, block: int = 384) -> None:
 
 
 class Flat:
-    """Second moment of the rows of x (..., n)."""
+    """Second moment of the rows of x (..., n), or of the rows of x against those of another input."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, cross: bool = False) -> None:
         self.count = 0
-        self.n = n
+        self.n, self.cross = n, cross
         self.total: Tensor | None = None
         self.first: Tensor | None = None
 
-    def update(self, x: Tensor) -> None:
-        self.add(x.reshape(-1, self.n))
+    def update(self, x: Tensor, other: Tensor | None = None) -> None:
+        self.add(x.reshape(-1, self.n), None if other is None else other.reshape(-1, self.n))
 
-    def add(self, rows: Tensor) -> None:
-        """rows (m, n)."""
+    def add(self, rows: Tensor, others: Tensor | None) -> None:
+        """rows and others (m, n)."""
         rows = wide(rows)
         if self.total is None:
             self.total = torch.zeros(self.n, self.n, dtype=torch.float64, device=rows.device)
             self.first = torch.zeros(self.n, dtype=torch.float64, device=rows.device)
-        for part in rows.split(max(1, CHUNK // self.n)):
-            add_gram(self.total, part)
+        size = max(1, CHUNK // self.n)
+        for at in range(0, len(rows), size):
+            part = rows[at : at + size]
             self.first += part.sum(0)
+            if others is None:
+                add_gram(self.total, part)
+            else:
+                self.total += part.T @ wide(others[at : at + size])
         self.count += len(rows)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        sigma = self.total.triu().div_(self.count)
-        return (sigma + sigma.triu(1).T).cpu(), (self.first / self.count).cpu()
+        sigma, mean = self.total / self.count, (self.first / self.count).cpu()
+        return (sigma if self.cross else sigma.triu() + sigma.triu(1).T).cpu(), mean
 
 
 class Unfolded(Flat):
     """Patches by im2col, or by gathering `positions` random output positions per image, a few images at a time."""
 
-    def __init__(self, conv: nn.Conv2d, positions: int | None, generator: torch.Generator) -> None:
-        super().__init__(conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1])
+    def __init__(
+        self, conv: nn.Conv2d, positions: int | None, generator: torch.Generator | None, cross: bool = False
+    ) -> None:
+        super().__init__(conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1], cross)
         self.conv, self.positions, self.generator = conv, positions, generator
 
-    def update(self, x: Tensor) -> None:
-        for part in wide(x).split(max(1, CHUNK // (self.n * output_positions(self.conv, x)))):
-            self.add(self.patches(part))
+    def update(self, x: Tensor, other: Tensor | None = None) -> None:
+        size = max(1, CHUNK // (self.n * output_positions(self.conv, x)))
+        for at in range(0, len(x), size):
+            second = None if other is None else self.patches(other[at : at + size])
+            self.add(self.patches(x[at : at + size]), second)
 
     def patches(self, x: Tensor) -> Tensor:
         """(patches, n) of x (N, C, H, W)."""
         conv = self.conv
-        x = padded(conv, x)
+        x = padded(conv, wide(x))
         (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
         H, W = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
         if self.positions is None or self.positions >= H * W:
@@ -120,22 +135,28 @@ class Unfolded(Flat):
 class Shifted:
     """Exact second moment of the patches of a stride-1 convolution from products of shifted views."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        self.conv = conv
+    def __init__(self, conv: nn.Conv2d, cross: bool = False) -> None:
+        self.conv, self.cross = conv, cross
         self.count = 0
         self.kh, self.kw = conv.kernel_size
         self.totals: dict[tuple[int, int], Sums] = {}
 
-    def update(self, x: Tensor) -> None:
-        x, offset = wide(x), explicit(self.conv)
-        if self.conv.padding_mode != "zeros":
-            x, offset = padded(self.conv, x), (0, 0, 0, 0)
+    def update(self, x: Tensor, other: Tensor | None = None) -> None:
+        x, offset = self.ready(x), explicit(self.conv) if self.conv.padding_mode == "zeros" else (0, 0, 0, 0)
+        other = None if other is None else self.ready(other)
         height, width = x.shape[2:]
         out = (height + offset[0] + offset[1] - self.kh + 1, width + offset[2] + offset[3] - self.kw + 1)
-        sums = self.totals.setdefault((height, width), Sums(self.kh, self.kw, x, (offset[0], offset[2]), out))
-        for part in x.split(max(1, CHUNK // (x.shape[1] * height * width))):
-            sums.add(part)
+        if (height, width) not in self.totals:
+            kernel = (self.kh, self.kw)
+            self.totals[height, width] = Sums(kernel, x, (offset[0], offset[2]), out, self.cross)
+        size = max(1, CHUNK // (x.shape[1] * height * width))
+        for at in range(0, len(x), size):
+            self.totals[height, width].add(x[at : at + size], None if other is None else other[at : at + size])
         self.count += len(x) * out[0] * out[1]
+
+    def ready(self, x: Tensor) -> Tensor:
+        """x in float32 or wider; padding other than zeros is made explicit, zeros are left out of the sums."""
+        return wide(x) if self.conv.padding_mode == "zeros" else padded(self.conv, wide(x))
 
     def result(self) -> tuple[Tensor, Tensor]:
         sigma, mean = (sum(parts[1:], parts[0]) for parts in zip(*(s.assemble() for s in self.totals.values()), strict=True))
@@ -145,13 +166,16 @@ class Shifted:
 class Sums:
     """Running sums of `Shifted` for one input size: products over the whole image, border rows, columns and corners."""
 
-    def __init__(self, kh: int, kw: int, x: Tensor, offset: tuple[int, int], out: tuple[int, int]) -> None:
-        self.size, self.channels, self.kernel = tuple(x.shape[2:]), x.shape[1], (kh, kw)
+    def __init__(
+        self, kernel: tuple[int, int], x: Tensor, offset: tuple[int, int], out: tuple[int, int], cross: bool
+    ) -> None:
+        kh, kw = self.kernel = kernel
+        self.size, self.channels, self.cross = tuple(x.shape[2:]), x.shape[1], cross
         lost_rows = [lost(k, offset[0], out[0], self.size[0]) for k in range(kh)]
         lost_columns = [lost(k, offset[1], out[1], self.size[1]) for k in range(kw)]
         self.pairs = []  # (k, k', displacement, rows to leave out, columns to leave out)
         for k in range(kh * kw):
-            for j in range(k, kh * kw):
+            for j in range(0 if cross else k, kh * kw):
                 d = (j // kw - k // kw, j % kw - k % kw)
                 self.pairs.append((k, j, d, lost_rows[k // kw], lost_columns[k % kw]))
         self.lost = lost_rows, lost_columns
@@ -173,17 +197,18 @@ class Sums:
         found |= {(d, y, None): -1 for y in rows} | {(d, None, x): -1 for x in columns}
         return found | {(d, y, x): 1 for y in rows for x in columns}
 
-    def add(self, x: Tensor) -> None:
-        """x (N, C, H, W): a few images."""
+    def add(self, x: Tensor, other: Tensor | None) -> None:
+        """x and other (N, C, H, W): a few images."""
         H, W = self.size
         buffer = x.permute(2, 3, 0, 1).contiguous()
+        second = buffer if other is None else other.permute(2, 3, 0, 1).contiguous()
         self.image += buffer.sum(2)
         for key, total in self.sums.items():
             (dy, dx), row, column = key
             rows = slice(max(0, -dy), H - max(0, dy)) if row is None else slice(row, row + 1)
             columns = slice(max(0, -dx), W - max(0, dx)) if column is None else slice(column, column + 1)
             here = buffer[rows, columns].flatten(1, 2)
-            there = buffer[moved(rows, dy), moved(columns, dx)].flatten(1, 2)
+            there = second[moved(rows, dy), moved(columns, dx)].flatten(1, 2)
             total += product(here, there)
 
     def assemble(self) -> tuple[Tensor, Tensor]:
@@ -194,7 +219,9 @@ class Sums:
             block = self.image.new_zeros(C, C)
             for key, sign in self.terms(d, rows, columns).items():
                 block.add_(self.sums[key], alpha=sign)
-            blocks[:, k, :, j], blocks[:, j, :, k] = block, block.T
+            blocks[:, k, :, j] = block
+            if not self.cross:
+                blocks[:, j, :, k] = block.T
         mean = self.image.new_zeros(C, K)
         for k in range(K):
             rows, columns = self.lost[0][k // self.kernel[1]], self.lost[1][k % self.kernel[1]]
