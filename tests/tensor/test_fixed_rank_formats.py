@@ -170,9 +170,6 @@ def test_containers_are_tensorlys_and_the_backend_is_left_alone():
         assert error(tl.tt_matrix_to_tensor(ttm).reshape(12, 72), tt_matrix_compose(ttm)) < 1e-6
 
 
-# -- against TensorLy ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.7])
 @pytest.mark.parametrize("ranks", [(16, 12), (8, 8), (24, 4)])
 def test_tucker2_is_as_good_as_tensorly(ranks, decay):
@@ -197,9 +194,6 @@ def test_svd_is_the_best_matrix_of_its_rank():
     A, B = svd_factors(M, 16)
     assert error(A @ B, M) == pytest.approx(float(tail.norm() / M.norm()), rel=1e-4)
     torch.testing.assert_close(A.norm(dim=0), B.norm(dim=1), rtol=1e-4, atol=1e-6)  # evenly spread
-
-
-# -- particular to one format -------------------------------------------------------------------------
 
 
 def test_tucker_sweeps_never_raise_the_error_and_factors_are_orthonormal():
