@@ -52,7 +52,10 @@ def decompose(
         return row.build(layer, factors, **options)
 
     with torch.no_grad():
-        return _replace(model, rows, factorised)
+        result = _replace(model, rows, factorised)
+    if hasattr(plan, "to_dict"):
+        result._tdlib["plan"] = plan.to_dict()  # type: ignore[index, operator]
+    return result
 
 
 def skeleton(model: nn.Module, layers: Mapping[str, Any]) -> nn.Module:

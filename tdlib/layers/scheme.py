@@ -56,6 +56,8 @@ class Scheme:
     unfoldings(weight, **options) -> one matrix per rank whose singular values govern that rank, or None
         where the format has no such matrices (CP, tensor ring).
     factorise_sigma(weight, ranks, sigma, **options): as factorise, in the norm of the inputs' second moments.
+    rough(weight, ranks, **options): as factorise with less work, for the errors that the global rule
+    compares.
     batched: torch.vmap can map factorise and compose over a stack of kernels.
     """
 
@@ -69,6 +71,7 @@ class Scheme:
     clip: Callable[..., Ranks] | None = None
     unfoldings: Callable[..., list[Tensor]] | None = None
     factorise_sigma: Callable[..., Factors] | None = None
+    rough: Callable[..., Factors] | None = None
     batched: bool = True
 
 
@@ -219,6 +222,15 @@ class Format:
         options = self.resolve(weight.shape, **options)
         scheme = self.scheme(weight.shape, **options)
         return None if scheme.unfoldings is None else scheme.unfoldings(as_float(weight), **options)
+
+    def error(self, weight: Tensor, ranks: Sequence[int], **options: Any) -> float:
+        """Squared error of a (rough, where there is one) factorisation, relative to the squared norm."""
+        shape, options = tuple(weight.shape), self.resolve(weight.shape, **options)
+        scheme, weight = self.scheme(shape, **options), weight.float()
+        factorise = scheme.rough or scheme.factorise
+        factors = factorise(weight, self.clip(shape, ranks, **options), **options)
+        rest = weight - scheme.compose(factors, shape, **options)
+        return float(rest.double().square().sum() / weight.double().square().sum().clamp_min(1e-300))
 
     def blank(self, layer: nn.Module, ranks: Sequence[int], **options: Any) -> nn.Module:
         """The factorised module for `layer` with zero factors: a structure to load weights into."""

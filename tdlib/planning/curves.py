@@ -48,7 +48,7 @@ def weight_curve(candidate: Candidate, weight: Tensor, steps: int = 128) -> list
     return points
 
 
-def measured_curve(candidate: Candidate, weight: Tensor, measured: int = 8, steps: int = 64) -> list[Point]:
+def measured_curve(candidate: Candidate, weight: Tensor, measured: int = 5, steps: int = 64) -> list[Point]:
     """The same along the format's uniform family: measured at a few ranks, log-linear in cost between
     them."""
     grid: dict[Ranks, float] = {}
@@ -58,12 +58,9 @@ def measured_curve(candidate: Candidate, weight: Tensor, measured: int = 8, step
             grid[ranks] = candidate.cost(ranks)
     rows = sorted(grid.items(), key=lambda item: item[1])
     chosen = sorted({round(k * (len(rows) - 1) / (measured - 1)) for k in range(measured)})
-    total = float(weight.double().square().sum()) or 1.0
     known: list[tuple[float, float]] = []
     for k in chosen:
-        factors = candidate.format.factorise(weight, rows[k][0], **candidate.options)
-        rest = weight - candidate.format.compose(factors, candidate.shape, **candidate.options)
-        error = max(1e-12, float(rest.double().square().sum()) / total)
+        error = max(1e-12, candidate.format.error(weight, rows[k][0], **candidate.options))
         known.append((rows[k][1], min(error, known[-1][1] if known else 1.0)))
     return [(ranks, cost, _between(known, cost)) for ranks, cost in rows]
 
@@ -75,6 +72,15 @@ def _between(known: Sequence[tuple[float, float]], cost: float) -> float:
             share = (cost - c0) / (c1 - c0)
             return math.exp((1 - share) * math.log(e0) + share * math.log(e1))
     return known[0][1] if cost <= known[0][0] else known[-1][1]
+
+
+def harm(curve: Curve) -> list[Point]:
+    """The curve with -log(1 - error) for the error, which adds up over layers.
+
+    1 - error is the share of a layer's energy that survives. Shares multiply along a network: one layer that
+    is lost loses everything, which a plain sum of errors would accept.
+    """
+    return [(ranks, cost, -math.log1p(-min(error, 1 - 1e-6))) for ranks, cost, error in curve]
 
 
 def whitened(candidate: Candidate, statistics: Mapping[str, Tensor] | None) -> Tensor:

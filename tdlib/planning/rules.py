@@ -19,7 +19,7 @@ from torch import Tensor
 from tdlib.errors import TdlibError
 from tdlib.planning.budget import Budget, Choice, adjust, fit, smallest, spent
 from tdlib.planning.candidates import Candidate, Ranks
-from tdlib.planning.curves import Curve, Point, kept_energy, unfoldings, weight_curve, whitened
+from tdlib.planning.curves import Curve, Point, harm, kept_energy, unfoldings, weight_curve, whitened
 
 Provider = Callable[[Candidate], Curve]
 
@@ -108,7 +108,7 @@ def global_(candidates: Sequence[Candidate], request: Request) -> Choice:
     budget = request.need_budget("global")
     given = request.curves
     if given is None:
-        given = {c.name: weight_curve(c, whitened(c, request.statistics)) for c in candidates}
+        given = {c.name: harm(weight_curve(c, whitened(c, request.statistics))) for c in candidates}
     curves = {c.name: given[c.name] if isinstance(given, Mapping) else given(c) for c in candidates}
     choice = global_ranks(curves, {c.name: c.cost(None) for c in candidates}, budget.limit)
     choice = {c.name: None if (r := choice[c.name]) is None else c.smaller(c.clip(r)) for c in candidates}

@@ -73,6 +73,7 @@ def _scheme(four: bool) -> Scheme:
         bounds=bounds,
         at=at,
         factorise_sigma=None if four else _sigma(four),
+        rough=lambda weight, ranks: _absorb(fit(weight, ranks[0], sweeps=10)),
         batched=False,
     )
 

@@ -137,5 +137,8 @@ RING = Scheme(
     macs=lambda *args, **modes: _macs(True, *args, **modes),
     bounds=_ring_bounds,
     at=_ring_at,
+    rough=lambda w, ranks, out_modes=None, in_modes=None: list(
+        tr.tr_svd(_tensor(w, out_modes, in_modes), ranks, sweeps=1)
+    ),
     clip=_ring_clip,
 )
