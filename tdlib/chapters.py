@@ -79,7 +79,7 @@ def clean(nb: Any, *, outputs: bool = True) -> Any:
     for position, cell in enumerate(nb.cells):
         for key in _NOISE:
             cell.metadata.pop(key, None)
-        if "injected-parameters" in cell.metadata.get("tags", []) or not outputs:
+        if "injected-parameters" in cell.metadata.get("tags", []):
             cell["id"] = f"cell-{position:03d}"
         if cell.cell_type != "code":
             continue
@@ -101,7 +101,7 @@ def _write(nb: Any, path: Path) -> None:
 
 
 def strip(paths: Iterable[str | Path]) -> list[Path]:
-    """Bring notebooks to their committed form: no outputs, no counts, stable ids. Returns those changed."""
+    """Bring notebooks to their committed form: no outputs, no counts, no noise. Returns those changed."""
     import nbformat
 
     changed = []
