@@ -13,13 +13,14 @@ import inspect
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TdlibError, unknown
 from ..layers.replace import decompose, skeleton
+from ..models import build
 from ..planning import Plan, plan
 from ..train import Context, History, Hook, evaluate, fit
 
@@ -150,21 +151,22 @@ def fit_selected(
 
 def from_scratch(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
     """The compressed architecture of `plan`, all weights drawn anew from `seed`, none kept of `model`."""
-    layers = {
-        name: {
-            "format": plan.formats[name],
-            "ranks": tuple(plan[name]),
-            "options": dict(plan.options.get(name, {})),
-        }
-        for name in plan
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        blank = copy.deepcopy(model)
-        for module in blank.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        return skeleton(blank, layers)
+        return skeleton(_untrained(model), plan)
+
+
+def _untrained(model: nn.Module) -> nn.Module:
+    """The network as its builder starts it; one built elsewhere is copied and its layers reset."""
+    spec = (getattr(model, "_tdlib", None) or {}).get("spec")
+    if spec:
+        return build(spec["name"], spec["classes"], **spec["kwargs"])
+    blank = copy.deepcopy(model)
+    for module in blank.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return blank
 
 
 def require_finished(history: History) -> None:
@@ -220,5 +222,5 @@ def finish(
     report["history"]["finetune"] = result.pop("history")
     report |= result | {"params_ratio": plan.params_ratio, "macs_ratio": plan.macs_ratio}
     report["plan"] = plan.to_dict()
-    small._tdlib["report"] = report
+    cast(dict[str, Any], small._tdlib)["report"] = report
     return small
