@@ -235,27 +235,64 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
 
 
 @torch.no_grad()
-def correct_bias(compressed: nn.Module, dense: nn.Module, statistics: Statistics, names: Iterable[str]) -> nn.Module:
+def correct_bias(
+    compressed: nn.Module, dense: nn.Module, statistics: Statistics, names: Iterable[str], example: Tensor
+) -> list[str]:
     """Shift, in place, the output of each named layer so that its mean over the statistics is the dense layer's.
 
-    The shift is (W - What) E[x]. It goes into the layer's last bias, or, for a layer without bias that is followed by a
-    BatchNorm of known name, nowhere else: a bias is added. Returns the compressed model.
+    The shift is (W - What) E[x]; see `shift_output` for where it goes. example: a batch of inputs, to find the
+    BatchNorms. Returns the layers that were corrected.
     """
-    from tdlib.layers.dense import to_dense  # upward in the package only at call time: needs the layers
+    from tdlib.layers.dense import to_dense  # calibration is below the layers in the package, but for this
 
-    small, big = dict(compressed.named_modules()), dict(dense.named_modules())
+    corrected = []
     for name in names:
-        W, What = big[name].weight, to_dense(small[name])
+        W, What = dense.get_submodule(name).weight, to_dense(compressed.get_submodule(name))
         mean = statistics.means[name].to(W.device)
-        shift = ((W.double() - What.double()).flatten(1) @ mean).to(W.dtype)
-        add_bias(small[name], shift)
-    return compressed
+        shift = (W.double().flatten(1) - What.double().flatten(1)) @ mean
+        if shift_output(compressed, name, shift, example):
+            corrected.append(name)
+    return corrected
 
 
-def add_bias(module: nn.Module, shift: Tensor) -> None:
-    """Add `shift` (O,) to the bias of the last layer of a chain, creating the bias if there is none."""
-    last = module[-1] if isinstance(module, nn.Sequential) else module
-    if last.bias is None:
-        last.bias = nn.Parameter(shift.clone())
-    else:
-        last.bias.add_(shift)
+@torch.no_grad()
+def shift_output(model: nn.Module, name: str, shift: Tensor, example: Tensor) -> bool:
+    """Add `shift` (O,) to the output of a layer, in place, without adding a parameter.
+
+    It goes into the layer's bias or, without one, into the running mean of the BatchNorm that takes its output. False,
+    and nothing is done, where there is neither.
+    """
+    layer = model.get_submodule(name)
+    last = layer[-1] if isinstance(layer, nn.Sequential) else layer
+    bias = getattr(last, "bias", None)
+    if isinstance(bias, Tensor):
+        bias.add_(shift.to(bias))
+        return True
+    norm = norm_behind(model, layer, example)
+    if norm is None or norm.running_mean is None:
+        return False
+    norm.running_mean.sub_(shift.to(norm.running_mean))
+    return True
+
+
+@torch.no_grad()
+def norm_behind(model: nn.Module, layer: nn.Module, example: Tensor) -> nn.modules.batchnorm._BatchNorm | None:
+    """The BatchNorm that receives the output of `layer` itself, found by one forward pass of `example`."""
+    found: list[nn.modules.batchnorm._BatchNorm] = []
+    output: list[Tensor] = []
+
+    def arrived(norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if output and args[0] is output[-1]:
+            found.append(norm)  # type: ignore[arg-type]
+
+    handles = [layer.register_forward_hook(lambda _, __, out: output.append(out))]
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    handles += [norm.register_forward_pre_hook(arrived) for norm in norms]
+    place = next(model.parameters())
+    try:
+        with evaluation(model):
+            model(example[:1].to(place.device, place.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
