@@ -58,6 +58,5 @@ def front_picture() -> None:
 
 if __name__ == "__main__":
     (HERE / "logo.svg").write_text(logo_svg(), encoding="utf-8")
-    mark(256).save(HERE / "logo.png")
     mark(64).save(HERE / "favicon.ico", sizes=[(16, 16), (32, 32), (48, 48), (64, 64)])
     front_picture()
