@@ -113,7 +113,7 @@ def chapter_map() -> str:
     rows = yaml.safe_load((ROOT / "book" / "map.yml").read_text(encoding="utf-8"))
     return markdown_table(
         {"Chapter": f"[](../notebooks/{name}.ipynb)", "Question": row["question"],
-         "Paper": f"{{cite:t}}`{row['paper']}`"}
+         "Paper": f"{{cite:t}}`{row['paper']}`" if "paper" in row else None}
         for name, row in rows.items() if (SRC / "notebooks" / f"{name}.ipynb").is_file())
 
 

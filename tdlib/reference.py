@@ -42,7 +42,7 @@ def escape(line: str) -> str:
 
 
 def to_markdown(docstring: str | None) -> str:
-    """A docstring as markdown: paragraphs, lists of ``name: meaning`` or hanging lines, code where indented."""
+    """A docstring as markdown: paragraphs, lists (``name: meaning``, hanging lines), code where indented."""
     blocks = re.split(r"\n\s*\n", inspect.cleandoc(docstring or ""))
     return "\n\n".join(_block(block.splitlines()) for block in blocks if block.strip())
 
@@ -79,20 +79,27 @@ def _signature(thing: Any) -> str:
     except (TypeError, ValueError):
         return "()"
     kept = [p for name, p in signature.parameters.items() if name not in ("self", "cls")]
-    shown = [p.replace(default=_Short(p.default)) if p.default is not p.empty else p for p in kept]
-    text = str(signature.replace(parameters=shown))
+    shown = [p.replace(annotation=_Text.of(p.annotation, True), default=_Text.of(p.default)) for p in kept]
+    result = inspect.Signature.empty if inspect.isclass(thing) else _Text.of(signature.return_annotation, True)
+    text = str(signature.replace(parameters=shown, return_annotation=result))
     return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z])", "", text)  # collections.abc.Sequence -> Sequence
 
 
-class _Short:
-    """A default value as the page shows it: its source form where short, dots where it is an object."""
+class _Text:
+    """A part of a signature as the page shows it: no quotes around annotations, dots for objects."""
 
-    def __init__(self, value: Any) -> None:
-        text = repr(value)
-        self.text = text if len(text) <= 40 and "<" not in text and " at 0x" not in text else "..."
+    def __init__(self, text: str) -> None:
+        self.text = text
 
     def __repr__(self) -> str:
         return self.text
+
+    @classmethod
+    def of(cls, value: Any, annotation: bool = False) -> Any:
+        if value is inspect.Parameter.empty or (annotation and not isinstance(value, str)):
+            return value
+        text = value if annotation else repr(value)
+        return cls(text if annotation or (len(text) <= 40 and "<" not in text) else "...")
 
 
 def _directive(kind: str, name: str, signature: str, body: str, fence: str) -> str:
@@ -124,7 +131,7 @@ def page() -> str:
     documented, lines = modules(), []
     for name in tdlib.__all__:
         thing = getattr(tdlib, name)
-        first = (inspect.cleandoc(thing.__doc__ or "").splitlines() or [""])[0]
+        first = re.split(r"(?<=[.:]) |\n\n", " ".join(inspect.cleandoc(thing.__doc__ or "").split("\n")))[0]
         link = f"`tdlib.{name}`"
         if getattr(thing, "__module__", None) in documented:
             link = f"{{py:obj}}`tdlib.{name} <{thing.__module__}.{thing.__qualname__}>`"
