@@ -80,7 +80,8 @@ def _signature(thing: Any) -> str:
         return "()"
     kept = [p for name, p in signature.parameters.items() if name not in ("self", "cls")]
     shown = [p.replace(annotation=_Text.of(p.annotation, True), default=_Text.of(p.default)) for p in kept]
-    result = inspect.Signature.empty if inspect.isclass(thing) else _Text.of(signature.return_annotation, True)
+    result = signature.return_annotation
+    result = inspect.Signature.empty if inspect.isclass(thing) else _Text.of(result, True)
     text = str(signature.replace(parameters=shown, return_annotation=result))
     return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z])", "", text)  # collections.abc.Sequence -> Sequence
 
