@@ -9,6 +9,7 @@ more than the kernels: bias (bias correction) and batchnorm (recalibration).
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,12 @@ from tdlib.methods.direct import end_layers
 from tdlib.methods.distribution_aware import at_once, calibration_batches, in_sequence, layer_errors, limited
 from tdlib.planning import Plan, count, plan
 from tdlib.planning.candidates import candidates
+from tdlib.records import read_record, record
+from tdlib.runs import parameter_hash
 from tdlib.sensitivity import damped, divergence, logits, output_weights
 from tdlib.tensor.sigma_norm import sigma_error
 
+CHAPTER = "distribution_aware"
 VARIANTS = ("frobenius", "sigma", "global", "sequential", "bias", "batchnorm")
 
 
@@ -39,7 +43,7 @@ class Study:
 
     model: trained. data: a Bundle. skip: layers that stay dense (default the first convolution and the classifier).
     samples: calibration images (training split). points: ranks per layer at which harm is measured. limit: only the
-    first so many images of the split that results are measured on.
+    first so many images of the split that results are measured on; first: report accuracy on those apart, too.
     """
 
     def __init__(
@@ -56,7 +60,9 @@ class Study:
         measure_samples: int = 300,
         split: str = "test",
         limit: int | None = None,
+        first: int | None = None,
     ) -> None:
+        self.first = first
         self.model, self.data, self.points = model.to(device).eval(), data, points
         self.device, self.batch_size, self.measure_samples = device, batch_size, measure_samples
         self.skip = end_layers(model) if skip is None else tuple(skip)
@@ -69,6 +75,7 @@ class Study:
         self._weights: dict[str, Tensor] | None = None
         self._curves: dict[tuple[str, str], HarmCurves] = {}
         self.seconds: dict[str, float] = {}
+        self._last: tuple[Any, nn.Module] | None = None
 
     def held_out(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the images that results are measured on."""
@@ -121,30 +128,45 @@ class Study:
             return at_once(self.model, table, self.statistics())
         if variant == "global":
             return at_once(self.model, table, self.statistics(), self.weights())
-        small = in_sequence(self.model, table, self.batches, self.weights(), bias_correction=variant == "bias")
+        if variant == "bias":
+            return in_sequence(self.model, table, self.batches, self.weights(), bias_correction=True)
+        key = table.to_dict()  # batchnorm starts from what sequential made
+        if self._last is None or self._last[0] != key:
+            self._last = key, in_sequence(self.model, table, self.batches, self.weights())
+        small = copy.deepcopy(self._last[1])
         return recalibrate_batchnorm(small, self.batches) if variant == "batchnorm" else small
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Accuracy and agreement with the dense network (percent), KL divergence (nats), number of images."""
         found = logits(model, self.held_out())
         same, right = found.argmax(1) == self.reference.argmax(1), found.argmax(1) == self.labels
-        return {
+        measured = {
             "test_accuracy": 100 * float(right.double().mean()), "agreement": 100 * float(same.double().mean()),
             "kl": divergence(self.reference, found), "n": len(found),
         }  # fmt: skip
+        if self.first is not None:
+            measured[f"accuracy_first_{self.first}"] = 100 * float(right[: self.first].double().mean())
+        return measured
 
     def dense_accuracy(self) -> float:
         """Accuracy of the dense network on the same images."""
         return 100 * float((self.reference.argmax(1) == self.labels).double().mean())
 
-    def run(self, variant: str, format: str, ratio: float, by: str = "params") -> dict[str, Any]:
-        """One row: variant, ranks, achieved ratios, what was measured, seconds."""
+    def whole(self, ratio: float, format: str, by: str) -> float:
+        """The whole network's ratio when the decomposed layers together shrink by `ratio`."""
+        layers = sum(c.cost(None) for c in candidates(self.model, self.cost, format, by, self.skip, {})[0])
+        total = self.cost.macs if by == "macs" else self.cost.weights
+        return total / (total - layers + layers / ratio)
+
+    def run(self, variant: str, format: str, ratio: float, by: str = "params", of: str = "network") -> dict[str, Any]:
+        """One row: variant, ranks, achieved ratios, what was measured, seconds. of: "network", or "layers" for a ratio
+        over the decomposed layers alone."""
         start = time.perf_counter()
-        table = self.plan(variant, format, ratio, by)
+        table = self.plan(variant, format, ratio if of == "network" else self.whole(ratio, format, by), by)
         small = self.compressed(variant, table)
         seconds = time.perf_counter() - start
         return {
-            "method": variant, "format": format, "ratio": ratio, "by": by, **self.measure(small),
+            "method": variant, "format": format, "ratio": ratio, "by": by, "of": of, **self.measure(small),
             "dense_test_accuracy": self.dense_accuracy(), "params_ratio": table.params_ratio,
             "macs_ratio": table.macs_ratio, "layers_ratio": table.layers_ratio, "seconds": seconds,
             "ranks": {n: list(table[n]) for n in table},
@@ -187,6 +209,44 @@ class Study:
             error = float(np.mean([r["sigma_error"] for r in own]))
             rows.append({"Sigma from": name, **self.measure(small), "mean Sigma error": error})
         return rows
+
+
+def sweep(
+    study: Study,
+    variants: Sequence[str],
+    formats: Sequence[str],
+    ratios: Sequence[float],
+    by: str,
+    of: str = "network",
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    scale: str = "quick",
+    directory: str | Path | None = None,
+    notes: str | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of `Study.run` over the grid. With `parameters` (what identifies the run beside the grid) every row becomes a
+    record as soon as it is there, and rows whose record exists are read instead of run: a stopped sweep continues."""
+    rows = []
+    folder = Path(directory or os.environ.get("TDLIB_RECORDS") or "book/results")
+    for format in formats:
+        for ratio in ratios:
+            for variant in variants:
+                full = {**(parameters or {}), "method": variant, "format": format, "ratio": ratio, "by": by, "of": of}
+                path = folder / f"{CHAPTER}-{parameter_hash(full)}.json"
+                if parameters is not None and path.is_file():
+                    found = read_record(path)
+                    rows.append(full | found["metrics"] | {"ranks": found["tables"]["ranks"]})
+                    continue
+                row = study.run(variant, format, ratio, by, of)
+                rows.append(row)
+                if parameters is not None:
+                    metrics = {k: v for k, v in row.items() if k not in full and k != "ranks"}
+                    ranks = [{"layer": n, "ranks": r} for n, r in row["ranks"].items()]
+                    record(
+                        CHAPTER, full, metrics, directory=folder, scale=scale, device=study.device, data=study.data,
+                        wall_seconds=row["seconds"], tables={"ranks": ranks}, notes=notes,
+                    )  # fmt: skip
+    return rows
 
 
 def halves(folder: str | Path) -> Bundle:
