@@ -154,9 +154,13 @@ class Study:
 
     def whole(self, ratio: float, format: str, by: str) -> float:
         """The whole network's ratio when the decomposed layers together shrink by `ratio`."""
-        layers = sum(c.cost(None) for c in candidates(self.model, self.cost, format, by, self.skip, {})[0])
-        total = self.cost.macs if by == "macs" else self.cost.weights
+        layers, total = self.sizes(format, by)
         return total / (total - layers + layers / ratio)
+
+    def sizes(self, format: str, by: str) -> tuple[int, int]:
+        """(cost of the layers that the format can decompose, of the whole network without norm layers)."""
+        found = candidates(self.model, self.cost, format, by, self.skip, {})[0]
+        return sum(c.cost(None) for c in found), self.cost.macs if by == "macs" else self.cost.weights
 
     def run(self, variant: str, format: str, ratio: float, by: str = "params", of: str = "network") -> dict[str, Any]:
         """One row: variant, ranks, achieved ratios, what was measured, seconds. of: "network", or "layers" for a ratio
@@ -165,10 +169,11 @@ class Study:
         table = self.plan(variant, format, ratio if of == "network" else self.whole(ratio, format, by), by)
         small = self.compressed(variant, table)
         seconds = time.perf_counter() - start
+        layers, total = self.sizes(format, by)
         return {
             "method": variant, "format": format, "ratio": ratio, "by": by, "of": of, **self.measure(small),
             "dense_test_accuracy": self.dense_accuracy(), "params_ratio": table.params_ratio,
-            "macs_ratio": table.macs_ratio, "layers_ratio": table.layers_ratio, "seconds": seconds,
+            "macs_ratio": table.macs_ratio, "layers_ratio": layers / (layers - total + total / table.ratio), "seconds": seconds,
             "ranks": {n: list(table[n]) for n in table},
         }  # fmt: skip
 
