@@ -103,7 +103,12 @@ def layer_rows(quick: bool, device: str) -> Iterator[Row]:
                     yield row
                 else:
                     yield measure(
-                        row, forward(small, x), forward(other.to(device), x), pairs=pairs, seconds=seconds
+                        row,
+                        forward(small, x),
+                        forward(other.to(device), x),
+                        pairs=pairs,
+                        seconds=seconds,
+                        device=device,
                     )
 
 
@@ -131,7 +136,7 @@ def network_rows(quick: bool, device: str) -> Iterator[Row]:
         row.extra = {"macs_ratio": ratio}
         if batch == 16:
             row.target = SHARE * ratio
-        yield measure(row, a, b, pairs=pairs, seconds=seconds)
+        yield measure(row, a, b, pairs=pairs, seconds=seconds, device=device)
 
 
 def _faster(module: nn.Module, x: Tensor) -> tuple[Callable[[], Any], str]:
@@ -140,7 +145,7 @@ def _faster(module: nn.Module, x: Tensor) -> tuple[Callable[[], Any], str]:
     last = forward(
         copy.deepcopy(module).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     )
-    row = measure(Row("", "", "", ""), plain, last, pairs=3, seconds=5.0)
+    row = measure(Row("", "", "", ""), plain, last, pairs=3, seconds=5.0, device=str(x.device))
     return (plain, "contiguous") if row.ratio >= 1 else (last, "channels_last")
 
 

@@ -7,13 +7,14 @@ import importlib.util
 import json
 import os
 import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .timing import Row
+from .timing import Row, clock
 
 PACKAGES = ("torch", "torchvision", "tensorly", "tensorly-torch", "numpy")
 WIDTH = 62
@@ -31,6 +32,7 @@ def machine(device: str, quick: bool) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "CPU time" if clock(device) is time.process_time else "wall clock",
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "load_1min": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",

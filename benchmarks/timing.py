@@ -1,4 +1,8 @@
-"""Interleaved timing: A and B alternate, so that whatever else the machine does falls on both."""
+"""Interleaved timing: A and B alternate, so that whatever else the machine does falls on both.
+
+On a CPU with one thread the clock is the process's CPU time, which stops while another process has the core;
+otherwise it is the wall clock.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 Run = Callable[[], Any]
 
@@ -58,47 +64,63 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _time(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def clock(device: str = "cpu") -> Callable[[], float]:
+    """The clock to time with: see the module's docstring."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def measure(row: Row, a: Run, b: Run, *, pairs: int = 15, seconds: float = 20.0, warm: bool = True) -> Row:
+def _time(run: Run, now: Callable[[], float], times: int = 1) -> tuple[float, Any]:
+    """(seconds per run, what the last one returned)."""
+    start = now()
+    for _ in range(times):
+        found = run()
+    return (now() - start) / times, found
+
+
+def measure(
+    row: Row,
+    a: Run,
+    b: Run,
+    *,
+    errors: tuple[Callable[[Any], float], Callable[[Any], float]] | None = None,
+    pairs: int = 15,
+    seconds: float = 20.0,
+    warm: bool = True,
+    device: str = "cpu",
+) -> Row:
     """Fill ``row`` by running ``a`` and ``b`` alternately, at most ``pairs`` times or for about ``seconds``.
 
-    At least three pairs are taken; short runs are repeated inside one measurement until it lasts 5 ms.
+    At least three pairs are taken; short runs are repeated inside one measurement until it lasts 20 ms.
+    ``errors`` turns what ``a`` and ``b`` return into the row's errors. ``warm``: run both once before.
     """
-    started = time.perf_counter()
+    now = clock(device)
+    inner = 1
     if warm:
         a(), b()
-    once = max(_time(a), 1e-7)
-    inner = max(1, int(5e-3 / once))
-    repeated_a, repeated_b = _repeat(a, inner), _repeat(b, inner)
-    times_a: list[float] = []
-    times_b: list[float] = []
+        inner = max(1, int(2e-2 / max(_time(a, now)[0], 1e-7)))
+    started = time.perf_counter()
+    times: tuple[list[float], list[float]] = ([], [])
+    found: list[Any] = [None, None]
     gc.collect()
     gc.disable()
     try:
-        while len(times_a) < pairs and (len(times_a) < 3 or time.perf_counter() - started < seconds):
-            if len(times_a) % 2:
-                times_b.append(_time(repeated_b) / inner)
-                times_a.append(_time(repeated_a) / inner)
-            else:
-                times_a.append(_time(repeated_a) / inner)
-                times_b.append(_time(repeated_b) / inner)
+        while len(times[0]) < pairs and (len(times[0]) < 3 or time.perf_counter() - started < seconds):
+            for which in (1, 0) if len(times[0]) % 2 else (0, 1):
+                spent, found[which] = _time((a, b)[which], now, inner)
+                times[which].append(spent)
     finally:
         gc.enable()
-    return fill(row, times_a, times_b)
+    if errors is not None:
+        row.error_a, row.error_b = (error(result) for error, result in zip(errors, found, strict=True))
+    return fill(row, *times)
 
 
-def fill(row: Row, times_a: list[float], times_b: list[float], *, a_over_b: bool = False) -> Row:
-    """Median and quartiles of the pairwise ratio (B / A, or A / B), and the median times."""
-    ratios = [x / y if a_over_b else y / x for x, y in zip(times_a, times_b, strict=True)]
+def fill(row: Row, times_a: list[float], times_b: list[float]) -> Row:
+    """Median and quartiles of the pairwise ratio B / A, and the median times."""
+    ratios = [y / x for x, y in zip(times_a, times_b, strict=True)]
     row.ratio = statistics.median(ratios)
-    row.quartiles = (
-        tuple(statistics.quantiles(ratios, n=4)[::2]) if len(ratios) > 1 else (row.ratio, row.ratio)
-    )  # type: ignore[assignment]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (row.ratio,) * 3
+    row.quartiles = (low, high)
     row.a_ms, row.b_ms = 1e3 * statistics.median(times_a), 1e3 * statistics.median(times_b)
     row.pairs = len(ratios)
     return row
@@ -109,11 +131,3 @@ def invert(row: Row) -> Row:
     low, high = row.quartiles
     row.ratio, row.quartiles = 1 / row.ratio, (1 / high, 1 / low)
     return row
-
-
-def _repeat(run: Run, times: int) -> Run:
-    def repeated() -> None:
-        for _ in range(times):
-            run()
-
-    return repeated

@@ -183,7 +183,6 @@ def _start(job: Job, folder: Path, device: str, per_device: int, log: IO[bytes])
     share = max(1, (os.cpu_count() or 1) // per_device)
     environment.setdefault("OMP_NUM_THREADS", str(share))
     cell = job.notebook(folder).with_suffix("")
-    environment["TDLIB_RUNS"] = str((cell / "runs").resolve())
     command = [
         sys.executable, "-m", "tdlib.chapters", "run", str(chapters.notebook(job.chapter)),
         "--output", str(job.notebook(folder).resolve()),

@@ -15,7 +15,8 @@ import json, os, pathlib
 assert number != 13, "unlucky"
 folder = pathlib.Path(os.environ["TDLIB_RECORDS"])
 folder.mkdir(parents=True, exist_ok=True)
-record = {"chapter": "square", "seed": seed, "parameters": {"number": number}, "metrics": {"square": number**2}}
+record = {"chapter": "square", "seed": seed, "parameters": {"number": number}}
+record["metrics"] = {"square": number**2}
 (folder / "one.json").write_text(json.dumps(record))
 print("threads", os.environ["OMP_NUM_THREADS"], "device", device)
 """

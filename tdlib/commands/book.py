@@ -36,9 +36,9 @@ def methods(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     Examples:
       tdlib methods
     """
-    import tdlib
+    from tdlib.methods import available
 
-    frame = tdlib.methods.available()
+    frame = available()
     if as_json:
         typer.echo(frame.to_json(orient="index"))
         return
@@ -119,7 +119,7 @@ def absolute(value: Any) -> Any:
 
 
 def records(
-    folder: Annotated[Path | None, typer.Option(help="Folder of records; default the book's.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of records; default: the repository's.")] = None,
     chapter: Annotated[str | None, typer.Option(help="Only this chapter's.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -131,11 +131,14 @@ def records(
       tdlib records
       tdlib records --chapter admm_tt --json
     """
-    import tdlib
+    from tdlib import chapters as book
+    from tdlib.records import records as load
 
-    frame = tdlib.records() if folder is None else tdlib.records(folder)
-    if chapter is not None and len(frame):
-        frame = frame[frame["chapter"] == chapter]
+    kept = book.ROOT / "book" / "results"
+    if folder is None and not kept.is_dir():
+        typer.echo("no records")
+        return
+    frame = load(folder or kept, chapter)
     if as_json:
         typer.echo(frame.to_json(orient="records"))
         return

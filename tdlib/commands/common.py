@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from tdlib.errors import DataError, TdlibError, UnknownName
 
 CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException, wherever click is

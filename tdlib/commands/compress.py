@@ -56,7 +56,7 @@ def compress(
           --ratio 2 --by macs --out small.safetensors --onnx small.onnx
       tdlib compress --model cnn --train-epochs 2 --data imagefolder:photos --image-size 16 \\
           --method distribution-aware --ratio 2 --dense-out trained.safetensors --out sigma.safetensors
-      tdlib compress --model dense.safetensors --data npz:digits.npz --method admm --ratio 1.5 \\
+      tdlib compress --model cnn --train-epochs 2 --data npz:scans.npz --method admm --ratio 1.5 \\
           --set epochs=1 --set finetune_epochs=1 --out admm.safetensors
     """
     outputs = [path for path in (out, onnx, dense_out) if path is not None]
@@ -81,6 +81,7 @@ def compress(
     dense = open_model(
         model, bundle.classes, weights=weights, input_shape=bundle.input_shape, new_head=train_epochs > 0
     ).to(device)
+    check_fits(dense, bundle, model)
     if train_epochs:
         note(f"training the dense network for {train_epochs} epochs")
         train.fit(dense, bundle, epochs=train_epochs, lr=train_lr, seed=seed, device=device)
@@ -132,9 +133,8 @@ def compared(name: str, pair: list[int]) -> list[str]:
 
 def check_method(method: str, by: str, hyper: dict[str, Any]) -> None:
     """Stop on a wrong name before data are read. Raises UnknownName."""
-    from tdlib.errors import unknown
-
     from tdlib import methods
+    from tdlib.errors import unknown
 
     valid = methods.hyperparameters(method)
     for name in hyper:
@@ -142,6 +142,24 @@ def check_method(method: str, by: str, hyper: dict[str, Any]) -> None:
             raise unknown(f"hyper-parameter of {method!r}", name, valid)
     if by not in ("params", "macs"):
         raise unknown("ratio kind", by, ("params", "macs"))
+
+
+def check_fits(network: Any, bundle: Any, name: str) -> None:
+    """Raises UsageError where the network does not take these images or has another number of classes."""
+    import torch
+
+    training = network.training
+    try:
+        with torch.inference_mode():
+            example = torch.zeros(2, *bundle.input_shape, device=next(network.parameters()).device)
+            outputs = network.eval()(example).shape[-1]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{name} does not take images of shape {bundle.input_shape}: {reason}") from error
+    finally:
+        network.train(training)
+    if outputs != len(bundle.classes):
+        raise UsageError(f"{name} has {outputs} outputs, the data have {len(bundle.classes)} classes")
 
 
 def choose_device(device: str) -> None:

@@ -35,7 +35,7 @@ def count(
     \b
     Examples:
       tdlib count resnet20 --classes 10 --input-shape 3,32,32
-      tdlib count dense.safetensors --input-shape 1,8,8
+      tdlib count dense.safetensors
     """
     import tdlib
 
@@ -70,7 +70,7 @@ def plan(
     \b
     Examples:
       tdlib plan resnet20 --classes 10 --input-shape 3,32,32 --format tt --ratio 2.4
-      tdlib plan dense.safetensors --input-shape 1,8,8 --format tucker2 --ratio 2 --by macs --skip conv1
+      tdlib plan dense.safetensors --format tucker2 --ratio 2 --by macs --skip conv1
     """
     import tdlib
 
@@ -96,7 +96,7 @@ def compare(
 
     \b
     Examples:
-      tdlib compare dense.safetensors small.safetensors --input-shape 1,8,8
+      tdlib compare dense.safetensors small.safetensors
     """
     import tdlib
 

@@ -40,9 +40,8 @@ def sweep(
       tdlib sweep grid.yaml --dry-run
       tdlib sweep grid.yaml --jobs-per-device 2 --out sweeps
     """
-    from tdlib.errors import TdlibError, unknown
-
     from tdlib import chapters
+    from tdlib.errors import TdlibError, unknown
     from tdlib.sweep import Outcome, hints, read_grid, run_jobs
 
     sweeps = read_grid(grid)

@@ -1,0 +1,69 @@
+"""A folder as a user has it: images, arrays, a trained network, a grid, and a book of one short chapter."""
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tdlib
+from tdlib import chapters
+
+PARAMETERS = "dataset = 'digits'\nmodel = 'cnn'\nprofile = 'quick'\ndata_dir = None\nseed = 0\ndevice = 'cpu'"
+BODY = """
+import tdlib
+data = tdlib.data.load(dataset, data_dir)
+tdlib.record("primer", {"dataset": dataset, "seed": seed}, {"classes": len(data.classes)})
+print("seed", seed, "classes", len(data.classes))
+"""
+GRID = "demo:\n  chapter: primer\n  base: {profile: quick}\n  grid: {seed: [0, 1]}\n"
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The folder, made once."""
+    folder = tmp_path_factory.mktemp("user")
+    random = np.random.default_rng(0)
+    for index, name in enumerate(("ant", "bee", "cow")):
+        for number in range(12):
+            pixels = random.integers(0, 80, (16, 16, 3), dtype=np.uint8)
+            pixels[:, :, index] += 150
+            (folder / "photos" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{number}.png")
+    labels = np.arange(40) % 4
+    scans = (random.integers(0, 60, (40, 8, 8)) + 45 * labels[:, None, None]).astype(np.uint8)
+    np.savez(
+        folder / "scans.npz", train_images=scans, train_labels=labels, test_images=scans, test_labels=labels
+    )
+    (folder / "grid.yaml").write_text(GRID)
+    data = tdlib.data.load(f"imagefolder:{folder / 'photos'}")
+    torch.manual_seed(0)
+    dense = tdlib.models.build("cnn", data.classes, input_shape=data.input_shape)
+    tdlib.train.fit(dense, data, epochs=3, batch_size=8, lr=0.05, device="cpu", progress=False)
+    tdlib.save(dense, folder / "dense.safetensors")
+    tdlib.save(
+        tdlib.decompose(dense, tdlib.plan(dense, data.input_shape, format="tucker2", ratio=2)),
+        folder / "two.safetensors",
+    )
+    notebooks = folder / "notebooks"
+    notebooks.mkdir()
+    nb = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(BODY),
+        ]
+    )
+    nb.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(nb, notebooks / "primer.ipynb")
+    return folder
+
+
+@pytest.fixture
+def user(made, tmp_path, monkeypatch):
+    """A fresh working directory with links to what ``made`` made; chapters are its own."""
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chapters, "NOTEBOOKS", made / "notebooks")
+    monkeypatch.setenv("TDLIB_RECORDS", str(tmp_path / "records"))
+    return tmp_path
