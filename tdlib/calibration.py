@@ -1,79 +1,35 @@
 """Calibration data: input statistics of every layer, BatchNorm recalibration and bias correction.
 
-`statistics` streams, by forward hooks in one pass, the uncentred second moment Sigma = E[x x^T] and the mean E[x] of
-the input patches of every Conv2d (groups 1) and of the inputs of every Linear. Patches follow stride, dilation, padding
-and padding_mode, all positions weigh the same, and their order is that of `weight.reshape(O, -1)`: channel, kh, kw.
-Products are float32, totals float64. How the products are formed is in `tdlib.moments`.
+`statistics` streams, by forward hooks in one pass, the uncentred second moment Sigma = E[x x^T] and the mean
+E[x] of the input patches of every Conv2d (groups 1) and of the inputs of every Linear. Patches follow stride,
+dilation, padding and padding_mode, all positions weigh the same, and their order is that of
+`weight.reshape(O, -1)`: channel, kh, kw. Products are float32, totals float64. How the products are formed is
+in `tdlib.moments`.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
-from tdlib.errors import CheckpointError, DataError, NonFiniteError
-from tdlib.moments import Moments, accumulator
+from tdlib.errors import DataError, NonFiniteError
+from tdlib.moments import accumulator
+from tdlib.sigma_file import Statistics, load_statistics
 
-
-class Statistics(Mapping[str, Tensor]):
-    """Layer name -> Sigma (n, n) float64 on the CPU, with `.means[name]` (n,) and `.counts[name]` (patches seen)."""
-
-    def __init__(self, sigmas: Mapping[str, Tensor], means: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
-        self._sigmas, self.means, self.counts = dict(sigmas), dict(means), dict(counts)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._sigmas:
-            raise DataError(f"no statistics for layer {name!r}; there are some for: {', '.join(self._sigmas) or 'none'}")
-        return self._sigmas[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._sigmas
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sigmas)
-
-    def __len__(self) -> int:
-        return len(self._sigmas)
-
-    def __repr__(self) -> str:
-        return f"Statistics({', '.join(f'{n}: {len(s)} from {self.counts[n]}' for n, s in self._sigmas.items())})"
-
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float64) -> None:
-        """Write a safetensors file, whole or not at all. float32 halves it, at some cost in the smallest eigenvalues."""
-        path = Path(path)
-        tensors = {f"sigma.{n}": s.to(dtype).contiguous() for n, s in self._sigmas.items()}
-        tensors |= {f"mean.{n}": m.contiguous() for n, m in self.means.items()}
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file(tensors, partial, metadata={"tdlib": "statistics", "counts": json.dumps(self.counts)})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def load_statistics(path: str | Path) -> Statistics:
-    """Statistics written by `Statistics.save`. Raises: CheckpointError if the file is missing, corrupt or foreign."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read statistics from {path}: {error}") from error
-    if metadata.get("tdlib") != "statistics":
-        raise CheckpointError(f"{path} was not written by Statistics.save")
-    sigmas = {k.removeprefix("sigma."): v.double() for k, v in tensors.items() if k.startswith("sigma.")}
-    means = {k.removeprefix("mean."): v for k, v in tensors.items() if k.startswith("mean.")}
-    return Statistics(sigmas, means, json.loads(metadata["counts"]))
+__all__ = [
+    "Statistics",
+    "correct_bias",
+    "load_statistics",
+    "recalibrate_batchnorm",
+    "shift_output",
+    "statistics",
+]
 
 
 def statistics(
@@ -87,10 +43,10 @@ def statistics(
 ) -> Statistics:
     """Input statistics of the model's layers over `batches` of inputs (or of (inputs, labels) pairs).
 
-    layers: names or globs; all Conv2d with groups 1 and all Linear if None. positions: use at most this many random
-    output positions of every image (drawn from `seed`) instead of all; the relative error of Sigma falls as
-    1/sqrt(images * positions). shrinkage: weight s in (1-s) Sigma + s mean(diag) I; if None, 0, except for layers that
-    saw fewer patches than Sigma has rows, which warn and get 0.1 * n / (n + patches).
+    layers: names or globs; all Conv2d with groups 1 and all Linear if None. positions: use at most this many
+    random output positions of every image (drawn from `seed`) instead of all; the relative error of Sigma
+    falls as 1/sqrt(images * positions). shrinkage: weight s in (1-s) Sigma + s mean(diag) I; if None, 0,
+    except for layers that saw fewer patches than Sigma has rows, which warn and get 0.1 * n / (n + patches).
 
     Runs in eval mode without gradients and restores every module's mode.
     Raises: DataError for no batch or no layer, NonFiniteError naming the layer whose input is not finite.
@@ -102,16 +58,22 @@ def statistics(
     sigmas, means, counts = {}, {}, {}
     for name, moment in moments.items():
         if moment.count == 0:
-            raise DataError(f"layer {name!r} was never reached by the calibration data; leave it out of `layers`")
+            raise DataError(
+                f"layer {name!r} was never reached by the calibration data; leave it out of `layers`"
+            )
         sigma, means[name] = moment.result()
         counts[name] = moment.count
-        sigmas[name] = shrink(sigma, shrinkage_for(name, len(sigma), moment.count) if shrinkage is None else shrinkage)
+        sigmas[name] = shrink(
+            sigma, shrinkage_for(name, len(sigma), moment.count) if shrinkage is None else shrinkage
+        )
     return Statistics(sigmas, means, counts)
 
 
 def measurable(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
-    """Name -> module of the layers whose statistics can be taken, restricted to the names or globs in `layers`."""
-    known = {
+    """Name -> module of the layers whose statistics can be taken, restricted to the names or globs in
+    `layers`.
+    """
+    known: dict[str, nn.Module] = {
         n: m
         for n, m in model.named_modules()
         if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
@@ -122,7 +84,9 @@ def measurable(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.M
         patterns = [layers] if isinstance(layers, str) else list(layers)
         for pattern in patterns:
             if not any(fnmatch(n, pattern) for n in known):
-                raise DataError(f"no Conv2d (groups 1) or Linear layer matches {pattern!r}; there are: {', '.join(known)}")
+                raise DataError(
+                    f"no Conv2d (groups 1) or Linear layer matches {pattern!r}; there are: {', '.join(known)}"
+                )
         chosen = {n: m for n, m in known.items() if any(fnmatch(n, p) for p in patterns)}
     if not chosen:
         raise DataError("the model has no Conv2d (groups 1) or Linear layer to take statistics of")
@@ -130,23 +94,25 @@ def measurable(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.M
 
 
 def shrinkage_for(name: str, size: int, count: int) -> float:
-    """0 if there are at least as many patches as rows of Sigma, else a warning and 0.1 * size / (size + count)."""
+    """0 if there are at least as many patches as rows of Sigma, else a warning and 0.1 * size / (size +
+    count).
+    """
     if count >= size:
         return 0.0
     amount = 0.1 * size / (size + count)
     warnings.warn(
-        f"layer {name!r}: Sigma is {size} x {size} but the calibration data gave only {count} patches; it is shrunk "
-        f"by {amount:.3f} towards a multiple of the identity. Use more images.",
+        f"layer {name!r}: Sigma is {size} x {size} but the calibration data gave only {count} patches; it is "
+        f"shrunk by {amount:.3f} towards a multiple of the identity. Use more images.",
         stacklevel=3,
     )
     return amount
 
 
-def shrink(sigma: Tensor, amount: float) -> Tensor:
-    """(1 - amount) Sigma + amount * mean(diag Sigma) * I."""
+def shrink(sigma: Tensor, amount: float, scale: Tensor | None = None) -> Tensor:
+    """(1 - amount) Sigma + amount * scale * I; scale: the mean of Sigma's diagonal if None."""
     if amount == 0:
         return sigma
-    ridge = amount * sigma.diagonal().mean()
+    ridge = amount * (sigma.diagonal().mean() if scale is None else scale)
     sigma = sigma * (1 - amount)
     sigma.diagonal().add_(ridge)
     return sigma
@@ -154,7 +120,9 @@ def shrink(sigma: Tensor, amount: float) -> Tensor:
 
 @torch.no_grad()
 def run(model: nn.Module, batches: Iterable[Any], taps: Mapping[str, Callable[[Tensor], None]]) -> int:
-    """Forward `batches` in eval mode, calling taps[name](input) at each named layer; returns the number of inputs."""
+    """Forward `batches` in eval mode, calling taps[name](input) at each named layer; returns the number of
+    inputs.
+    """
     place = next(model.parameters(), torch.empty(0))
     modules = dict(model.named_modules())
 
@@ -187,7 +155,9 @@ def inputs_of(batch: Any) -> Tensor:
     """The input tensor of a batch given as inputs or as an (inputs, labels, ...) tuple or list."""
     x = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(x, Tensor):
-        raise DataError(f"calibration batches must be tensors or (inputs, labels) pairs, got {type(batch).__name__}")
+        raise DataError(
+            f"calibration batches must be tensors or (inputs, labels) pairs, got {type(batch).__name__}"
+        )
     return x
 
 
@@ -205,12 +175,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Replace, in place, the running statistics of every BatchNorm by those of `batches`; everything else in eval mode.
+    """Replace, in place, the running statistics of every BatchNorm by those of `batches`; everything else in
+    eval mode.
 
-    The average over batches is cumulative (momentum None), so the batches should be of equal size. Returns the model.
-    Raises: DataError for a model without BatchNorm or without batches.
+    The average over batches is cumulative (momentum None), so the batches should be of equal size. Returns
+    the model. Raises: DataError for a model without BatchNorm or without batches.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     if not norms:
         raise DataError("the model has no BatchNorm with running statistics to recalibrate")
     momenta = [m.momentum for m in norms]
@@ -238,16 +211,17 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
 def correct_bias(
     compressed: nn.Module, dense: nn.Module, statistics: Statistics, names: Iterable[str], example: Tensor
 ) -> list[str]:
-    """Shift, in place, the output of each named layer so that its mean over the statistics is the dense layer's.
+    """Shift, in place, the output of each named layer so that its mean over the statistics is the dense
+    layer's.
 
-    The shift is (W - What) E[x]; see `shift_output` for where it goes. example: a batch of inputs, to find the
-    BatchNorms. Returns the layers that were corrected.
+    The shift is (W - What) E[x]; see `shift_output` for where it goes. example: a batch of inputs, to find
+    the BatchNorms. Returns the layers that were corrected.
     """
     from tdlib.layers.dense import to_dense  # calibration is below the layers in the package, but for this
 
     corrected = []
     for name in names:
-        W, What = dense.get_submodule(name).weight, to_dense(compressed.get_submodule(name))
+        W, What = dense.get_parameter(f"{name}.weight"), to_dense(compressed.get_submodule(name))
         mean = statistics.means[name].to(W.device)
         shift = (W.double().flatten(1) - What.double().flatten(1)) @ mean
         if shift_output(compressed, name, shift, example):
@@ -259,8 +233,8 @@ def correct_bias(
 def shift_output(model: nn.Module, name: str, shift: Tensor, example: Tensor) -> bool:
     """Add `shift` (O,) to the output of a layer, in place, without adding a parameter.
 
-    It goes into the layer's bias or, without one, into the running mean of the BatchNorm that takes its output. False,
-    and nothing is done, where there is neither.
+    It goes into the layer's bias or, without one, into the running mean of the BatchNorm that takes its
+    output. False, and nothing is done, where there is neither.
     """
     layer = model.get_submodule(name)
     last = layer[-1] if isinstance(layer, nn.Sequential) else layer
@@ -276,7 +250,9 @@ def shift_output(model: nn.Module, name: str, shift: Tensor, example: Tensor) ->
 
 
 @torch.no_grad()
-def norm_behind(model: nn.Module, layer: nn.Module, example: Tensor) -> nn.modules.batchnorm._BatchNorm | None:
+def norm_behind(
+    model: nn.Module, layer: nn.Module, example: Tensor
+) -> nn.modules.batchnorm._BatchNorm | None:
     """The BatchNorm that receives the output of `layer` itself, found by one forward pass of `example`."""
     found: list[nn.modules.batchnorm._BatchNorm] = []
     output: list[Tensor] = []

@@ -1,20 +1,22 @@
 """Error curves for the global choice of ranks, in the unit that matters: harm to the network's output.
 
-A relative error cannot be compared between layers: 10 % in the first convolution ruins a network that does not notice
-30 % in another. The curve of a layer here is the KL divergence between the outputs of the dense network and of the
-network with that one layer compressed:
+A relative error cannot be compared between layers: 10 % in the first convolution ruins a network that does
+not notice 30 % in another. The curve of a layer here is the KL divergence between the outputs of the dense
+network and of the network with that one layer compressed:
 
-1. predicted along a path of ranks by 1/2 tr(H (W-What) Sigma (W-What)^T), with H the Fisher information at the layer's
-   output and Sigma the second moments of its input. The path raises, at every step, the rank that saves most per unit
-   of cost, so input and output ranks come out uneven where the layer is;
-2. measured at a few ranks of the path, by a forward pass each, and the prediction rescaled in between (it is exact for
-   small changes and too optimistic for large ones).
+1. predicted along a path of ranks by 1/2 tr(H (W-What) Sigma (W-What)^T), with H the Fisher information at
+   the layer's output and Sigma the second moments of its input. The path raises, at every step, the rank that
+   saves most per unit of cost, so input and output ranks come out uneven where the layer is;
+2. measured at a few ranks of the path, by a forward pass each, and the prediction rescaled in between (it is
+   exact for small changes and too optimistic for large ones).
 
-Summed over layers, which is exact to second order, these curves are what `plan(rule="global")` minimises. No labels.
+Summed over layers, which is exact to second order, these curves are what `plan(rule="global")` minimises. No
+labels.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.calibration import inputs_of
+from tdlib.errors import TdlibError
 from tdlib.layers.formats import Format, kind_of
 from tdlib.planning.candidates import Candidate
 from tdlib.planning.curves import Point, weight_curve, whitened
@@ -35,9 +38,9 @@ FLOOR = 1e-8
 class HarmCurves:
     """Candidate layer -> [(ranks, cost, harm), ...], for `plan(..., rule="global", curves=HarmCurves(...))`.
 
-    statistics: layer -> Sigma. weights: layer -> H (damped), or None for the plain output error. batches: inputs on
-    which the divergence is measured, at `points` ranks per layer; with 0 points or no batches the prediction stands.
-    `rows` collects what was measured: layer, ranks, cost, predicted and measured harm.
+    statistics: layer -> Sigma. weights: layer -> H (damped), or None for the plain output error. batches:
+    inputs on which the divergence is measured, at `points` ranks per layer; with 0 points or no batches the
+    prediction stands. `rows` collects what was measured: layer, ranks, cost, predicted and measured harm.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class HarmCurves:
     ) -> None:
         self.model, self.statistics, self.weights, self.points = model, statistics, weights, points
         self.batches = [inputs_of(b) for b in batches] if points else []
-        self.reference = logits(model, self.batches) if self.batches else None
+        self.reference = logits(model, self.batches) if self.batches else torch.zeros(0)
         self.rows: list[dict[str, Any]] = []
         self._known: dict[tuple[Any, ...], list[Point]] = {}
 
@@ -58,7 +61,7 @@ class HarmCurves:
         key = (candidate.name, candidate.format.name, candidate.by, tuple(sorted(candidate.options.items())))
         if key not in self._known:
             path = predicted(candidate, self.statistics, self.weights)
-            if self.reference is not None and candidate.format.factorise_sigma is not None:
+            if self.batches and candidate.format.factorise_sigma is not None:
                 path = self.corrected(candidate, path)
             self._known[key] = path
         return self._known[key]
@@ -71,11 +74,19 @@ class HarmCurves:
         ratios = []
         for i in chosen:
             ranks, cost, expected = path[i]
+            if ranks is None:
+                continue
             found = self.measure(candidate, ranks)
             ratios.append((math.log(cost), math.log(max(found, FLOOR) / max(expected, FLOOR))))
-            self.rows.append({
-                "layer": candidate.name, "ranks": list(ranks), "cost": cost, "predicted": expected, "measured": found,
-            })  # fmt: skip
+            self.rows.append(
+                {
+                    "layer": candidate.name,
+                    "ranks": list(ranks),
+                    "cost": cost,
+                    "predicted": expected,
+                    "measured": found,
+                }
+            )
         scaled = [(r, c, e * math.exp(between(ratios, math.log(c)))) for r, c, e in path]
         for k in range(len(scaled) - 2, -1, -1):  # more cost never counts as more harm
             ranks, cost, error = scaled[k]
@@ -84,7 +95,7 @@ class HarmCurves:
 
     def measure(self, candidate: Candidate, ranks: tuple[int, ...]) -> float:
         """KL divergence from the dense network when this layer alone has these ranks."""
-        weight = self.model.get_submodule(candidate.name).weight
+        weight = self.model.get_parameter(f"{candidate.name}.weight")
         kept = weight.detach().clone()
         H = None if self.weights is None else self.weights[candidate.name]
         sigma = self.statistics[candidate.name]
@@ -101,7 +112,9 @@ class HarmCurves:
 def predicted(
     candidate: Candidate, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
 ) -> list[Point]:
-    """(ranks, cost, 1/2 tr(H D Sigma D^T)) along the path of best gain per cost; without weights the squared output error."""
+    """(ranks, cost, 1/2 tr(H D Sigma D^T)) along the path of best gain per cost; without weights the squared
+    output error.
+    """
     kernel = whitened(candidate, statistics)
     scale = 1.0
     if weights is not None:
@@ -109,14 +122,16 @@ def predicted(
         kernel = (half @ kernel.flatten(1)).reshape(kernel.shape)
         scale = 0.5
     total = scale * float(kernel.square().sum())
-    return [(ranks, cost, max(FLOOR, error) * total) for ranks, cost, error in weight_curve(candidate, kernel)]
+    return [
+        (ranks, cost, max(FLOOR, error) * total) for ranks, cost, error in weight_curve(candidate, kernel)
+    ]
 
 
 def between(known: list[tuple[float, float]], x: float) -> float:
     """Linear interpolation of (x, y) pairs with rising x; constant outside."""
     if x <= known[0][0]:
         return known[0][1]
-    for (x0, y0), (x1, y1) in zip(known, known[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(known):
         if x <= x1:
             return y0 + (y1 - y0) * (x - x0) / max(x1 - x0, 1e-12)
     return known[-1][1]
@@ -132,13 +147,15 @@ def factorise(
 ) -> list[Tensor]:
     """Factors of `weight` that minimise tr(H (W-What) Sigma (W-What)^T); the plain output error if H is None.
 
-    H is used where one factor carries the whole output mode: it is undone on that factor, and a Tucker factor is made
-    orthonormal again. Trains over factorised output channels have none; for them H is left out.
+    H is used where one factor carries the whole output mode: it is undone on that factor, and a Tucker factor
+    is made orthonormal again. Trains over factorised output channels have none; for them H is left out.
     """
     options = dict(options or {})
     weight, sigma = weight.detach(), sigma.to(weight.device)
-    place = None if H is None or options else output_factor(row, weight)
-    if place is None:
+    if row.factorise_sigma is None:
+        raise TdlibError(f"format {row.name!r} has no data-aware factorisation")
+    place = None if options else output_factor(row, weight)
+    if H is None or place is None:
         return row.factorise_sigma(weight, ranks, sigma, **options)
     half, inverse = pinv_root(H.to(weight.device))
     scaled = (half @ weight.double().flatten(1)).reshape(weight.shape)

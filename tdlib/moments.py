@@ -1,9 +1,10 @@
 """Streamed second moments of convolution patches and of linear inputs: three ways to the same exact sum.
 
-- stride 1, dilation 1 (`Shifted`): sum_q x[q+k] x[q+k']^T depends on k and k' almost only by the displacement d = k' - k,
-  so (2kh-1)(2kw-1)/2 products of one buffer with itself, shifted, replace the (kh*kw)^2/2 of im2col. The window of
-  positions q differs between k: rows and columns at the border that fall outside are subtracted (inclusion, exclusion).
-  The buffer is (H, W, N, C), so that any crop of rows and columns is a batch of contiguous matrices: no copies.
+- stride 1, dilation 1 (`Shifted`): sum_q x[q+k] x[q+k']^T depends on k and k' almost only by the displacement
+  d = k' - k, so (2kh-1)(2kw-1)/2 products of one buffer with itself, shifted, replace the (kh*kw)^2/2 of
+  im2col. The window of positions q differs between k: rows and columns at the border that fall outside are
+  subtracted (inclusion, exclusion). The buffer is (H, W, N, C), so that any crop of rows and columns is a
+  batch of contiguous matrices: no copies.
 - any other convolution (`Unfolded`): im2col of a few images at a time, or of random positions only.
 - linear layers (`Flat`): rows.
 """
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdlib.errors import DataError
+
+Key = tuple[tuple[int, int], int | None, int | None]
 
 CHUNK = 1 << 22  # float32 elements in a work buffer (16 MiB)
 
@@ -44,7 +47,9 @@ def accumulator(
     if isinstance(module, nn.Linear):
         return Flat(module.in_features, cross)
     if not isinstance(module, nn.Conv2d):
-        raise DataError(f"layer {name!r} is a {type(module).__name__}; only Conv2d and Linear have statistics")
+        raise DataError(
+            f"layer {name!r} is a {type(module).__name__}; only Conv2d and Linear have statistics"
+        )
     one = module.kernel_size == (1, 1)
     if positions is None and not one and module.stride == (1, 1) and module.dilation == (1, 1):
         return Shifted(module, cross)
@@ -72,8 +77,8 @@ class Flat:
     def __init__(self, n: int, cross: bool = False) -> None:
         self.count = 0
         self.n, self.cross = n, cross
-        self.total: Tensor | None = None
-        self.first: Tensor | None = None
+        self.total = torch.zeros(0, 0, dtype=torch.float64)
+        self.first = torch.zeros(0, dtype=torch.float64)
 
     def update(self, x: Tensor, other: Tensor | None = None) -> None:
         self.add(x.reshape(-1, self.n), None if other is None else other.reshape(-1, self.n))
@@ -81,7 +86,7 @@ class Flat:
     def add(self, rows: Tensor, others: Tensor | None) -> None:
         """rows and others (m, n)."""
         rows = wide(rows)
-        if self.total is None:
+        if self.count == 0:
             self.total = torch.zeros(self.n, self.n, dtype=torch.float64, device=rows.device)
             self.first = torch.zeros(self.n, dtype=torch.float64, device=rows.device)
         size = max(1, CHUNK // self.n)
@@ -100,7 +105,9 @@ class Flat:
 
 
 class Unfolded(Flat):
-    """Patches by im2col, or by gathering `positions` random output positions per image, a few images at a time."""
+    """Patches by im2col, or by gathering `positions` random output positions per image, a few images at a
+    time.
+    """
 
     def __init__(
         self, conv: nn.Conv2d, positions: int | None, generator: torch.Generator | None, cross: bool = False
@@ -151,20 +158,27 @@ class Shifted:
             self.totals[height, width] = Sums(kernel, x, (offset[0], offset[2]), out, self.cross)
         size = max(1, CHUNK // (x.shape[1] * height * width))
         for at in range(0, len(x), size):
-            self.totals[height, width].add(x[at : at + size], None if other is None else other[at : at + size])
+            self.totals[height, width].add(
+                x[at : at + size], None if other is None else other[at : at + size]
+            )
         self.count += len(x) * out[0] * out[1]
 
     def ready(self, x: Tensor) -> Tensor:
-        """x in float32 or wider; padding other than zeros is made explicit, zeros are left out of the sums."""
+        """x in float32 or wider; padding other than zeros is made explicit, zeros are left out."""
         return wide(x) if self.conv.padding_mode == "zeros" else padded(self.conv, wide(x))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        sigma, mean = (sum(parts[1:], parts[0]) for parts in zip(*(s.assemble() for s in self.totals.values()), strict=True))
+        sigma, mean = (
+            sum(parts[1:], parts[0])
+            for parts in zip(*(s.assemble() for s in self.totals.values()), strict=True)
+        )
         return sigma.div_(self.count).cpu(), mean.div_(self.count).cpu()
 
 
 class Sums:
-    """Running sums of `Shifted` for one input size: products over the whole image, border rows, columns and corners."""
+    """Running sums of `Shifted` for one input size: products over the whole image, border rows, columns and
+    corners.
+    """
 
     def __init__(
         self, kernel: tuple[int, int], x: Tensor, offset: tuple[int, int], out: tuple[int, int], cross: bool
@@ -180,11 +194,14 @@ class Sums:
                 self.pairs.append((k, j, d, lost_rows[k // kw], lost_columns[k % kw]))
         self.lost = lost_rows, lost_columns
         self.image = torch.zeros(*self.size, self.channels, dtype=torch.float64, device=x.device)
-        keys = dict.fromkeys(key for *_, d, rows, columns in self.pairs for key in self.terms(d, rows, columns))
+        keys = dict.fromkeys(
+            key for *_, d, rows, columns in self.pairs for key in self.terms(d, rows, columns)
+        )
         self.sums = {key: self.image.new_zeros(self.channels, self.channels) for key in keys}
 
-    def terms(self, d: tuple[int, int], rows: list[int], columns: list[int]) -> dict[tuple, int]:
-        """Key (d, row or None, column or None) -> sign of the sums that make up one pair; terms known to be 0 left out.
+    def terms(self, d: tuple[int, int], rows: list[int], columns: list[int]) -> dict[Key, int]:
+        """Key (d, row or None, column or None) -> sign of the sums that make up one pair; terms known to be 0
+        left out.
 
         Displacements that leave the image entirely make no term either.
         """
@@ -193,7 +210,7 @@ class Sums:
             return {}
         rows = [y for y in rows if 0 <= y + dy < H]
         columns = [x for x in columns if 0 <= x + dx < W]
-        found = {(d, None, None): 1}
+        found: dict[Key, int] = {(d, None, None): 1}
         found |= {(d, y, None): -1 for y in rows} | {(d, None, x): -1 for x in columns}
         return found | {(d, y, x): 1 for y in rows for x in columns}
 
@@ -253,7 +270,7 @@ def explicit(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     if conv.padding == "same":
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
-    (ph, pw) = conv.padding
+    ph, pw = int(conv.padding[0]), int(conv.padding[1])
     return ph, ph, pw, pw
 
 

@@ -46,7 +46,10 @@ def drops(rows: Any, dense: float) -> Figure:
     """Harm of compressing single layers against the error of the kernel (left) and of the output (right)."""
     frame = pd.DataFrame(rows)
     fig, axes = new(1, 2, size=(9.2, 3.4), sharey=True)
-    panels = (("frobenius_error", "relative error of the kernel"), ("sigma_error", "relative error of the output (Σ)"))
+    panels = (
+        ("frobenius_error", "relative error of the kernel"),
+        ("sigma_error", "relative error of the output (Σ)"),
+    )
     with styled():
         for ax, (column, label) in zip(axes[0], panels, strict=True):
             for k, (method, marker) in enumerate((("frobenius", "o"), ("sigma", "^"))):
@@ -60,15 +63,23 @@ def drops(rows: Any, dense: float) -> Figure:
 
 
 def rank_correlation(rows: Any) -> pd.DataFrame:
-    """Spearman's rank correlation of each error with the KL divergence that it causes, over all layers and ranks."""
+    """Spearman's rank correlation of each error with the KL divergence that it causes, over all layers and
+    ranks.
+    """
     frame = pd.DataFrame(rows)
     ranks = frame[["frobenius_error", "sigma_error", "kl"]].rank()
-    found = ranks.corr()["kl"].drop("kl").rename({"frobenius_error": "kernel error", "sigma_error": "output error (Σ)"})
+    found = (
+        ranks.corr()["kl"]
+        .drop("kl")
+        .rename({"frobenius_error": "kernel error", "sigma_error": "output error (Σ)"})
+    )
     return found.to_frame("rank correlation with the KL divergence")
 
 
 def eigenvalues(spectra: Mapping[str, Tensor]) -> Figure:
-    """Left: eigenvalues of Σ over their sum. Right: the share of the inputs' energy outside the leading directions."""
+    """Left: eigenvalues of Σ over their sum. Right: the share of the inputs' energy outside the leading
+    directions.
+    """
     fig, axes = new(1, 2, size=(9.2, 3.4))
     tints = np.linspace(0.15, 0.9, max(2, len(spectra)))
     with styled():
@@ -105,10 +116,18 @@ def ranks(tables: Mapping[str, Mapping[str, Sequence[int]]], bounds: Mapping[str
         for side, ax in enumerate(axes[0]):
             for k, (name, table) in enumerate(tables.items()):
                 kept = [
-                    table[n][min(side, len(table[n]) - 1)] / bounds[n][min(side, len(bounds[n]) - 1)] if n in table else 1.0
+                    table[n][min(side, len(table[n]) - 1)] / bounds[n][min(side, len(bounds[n]) - 1)]
+                    if n in table
+                    else 1.0
                     for n in layers
                 ]
-                ax.plot(range(len(layers)), kept, marker="o", color=CYCLE[k % len(CYCLE)], label=NAMES.get(name, name))
+                ax.plot(
+                    range(len(layers)),
+                    kept,
+                    marker="o",
+                    color=CYCLE[k % len(CYCLE)],
+                    label=NAMES.get(name, name),
+                )
             ax.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
             ax.set_title(("output rank", "input rank")[side])
         axes[0][0].set(ylabel="rank / channels", ylim=(0, 1.05))

@@ -1,9 +1,11 @@
 """What a layer's error does to the network: paired statistics, output weights, and measured harm.
 
-- `paired`: statistics of one layer in the dense and in the partly compressed network, for sequential compression.
-- `output_weights`: H = E[g g^T] per layer, g the gradient at its output of the loss with labels drawn from the network's
-  own predictions (the Fisher information). Together with Sigma it gives tr(H (W-What) Sigma (W-What)^T), a second-order
-  estimate of the KL divergence that the change of one layer causes. No labels are needed.
+- `paired`: statistics of one layer in the dense and in the partly compressed network, for sequential
+  compression.
+- `output_weights`: H = E[g g^T] per layer, g the gradient at its output of the loss with labels drawn from
+  the network's own predictions (the Fisher information). Together with Sigma it gives tr(H (W-What) Sigma
+  (W-What)^T), a second-order estimate of the KL divergence that the change of one layer causes. No labels are
+  needed.
 - `divergence`: the KL divergence of a network's outputs from the dense network's, the harm itself.
 """
 
@@ -28,8 +30,8 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class Paired:
-    """Of one layer: sigma = E[xhat xhat^T] in the compressed network, cross = E[x xhat^T] with x in the dense one (both
-    (n, n)), their means (n,), and the number of patches; float64."""
+    """Of one layer: sigma = E[xhat xhat^T] in the compressed network, cross = E[x xhat^T] with x in the dense
+    one (both (n, n)), their means (n,), and the number of patches; float64."""
 
     sigma: Tensor
     cross: Tensor
@@ -40,7 +42,9 @@ class Paired:
 
 @torch.no_grad()
 def paired(dense: nn.Module, compressed: nn.Module, name: str, batches: Iterable[Any]) -> Paired:
-    """Statistics of the inputs of layer `name`, not yet replaced in `compressed`, in both networks side by side."""
+    """Statistics of the inputs of layer `name`, not yet replaced in `compressed`, in both networks side by
+    side.
+    """
     first, second = dense.get_submodule(name), compressed.get_submodule(name)
     own, cross = accumulator(second, name), accumulator(first, name, cross=True)
     with evaluation(dense), evaluation(compressed):
@@ -100,8 +104,8 @@ def output_weights(
 ) -> dict[str, Tensor]:
     """Layer -> H (O, O) float64: sum over positions, mean over inputs, of g g^T at the layer's output.
 
-    g is the gradient of the cross-entropy with a label drawn from softmax(logits / temperature). A higher temperature
-    lets inputs speak on which the network is already certain (training images above all).
+    g is the gradient of the cross-entropy with a label drawn from softmax(logits / temperature). A higher
+    temperature lets inputs speak on which the network is already certain (training images above all).
     """
     place = next(model.parameters())
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +128,9 @@ def output_weights(
                 x = inputs_of(batch)
                 outputs.clear()
                 logits = model(x.to(place.device, place.dtype)) / temperature
-                labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).flatten()
+                labels = torch.multinomial(
+                    logits.detach().softmax(-1).cpu(), 1, generator=generator
+                ).flatten()
                 loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
                 gradients = torch.autograd.grad(loss, [outputs[n] for n in names])
                 for name, g in zip(names, gradients, strict=True):
@@ -141,7 +147,7 @@ def output_weights(
 
 
 def damped(H: Tensor, share: float = 0.03) -> Tensor:
-    """H + share * mean(diag H) * I: directions that the calibration data finds harmless still cost a little."""
+    """H + share * mean(diag H) * I: what the calibration data finds harmless still costs a little."""
     scale = H.diagonal().mean()
     if scale <= 0:
         return torch.eye(len(H), dtype=H.dtype)
@@ -159,6 +165,8 @@ def logits(model: nn.Module, batches: Iterable[Any]) -> Tensor:
 
 
 def divergence(reference: Tensor, other: Tensor, temperature: float = 1.0) -> float:
-    """Mean KL divergence of softmax(other) from softmax(reference), natural logarithm; both (inputs, classes)."""
+    """Mean KL divergence of softmax(other) from softmax(reference), natural logarithm; both (inputs,
+    classes).
+    """
     p, q = F.log_softmax(reference / temperature, -1), F.log_softmax(other / temperature, -1)
     return float((p.exp() * (p - q)).sum(-1).mean())

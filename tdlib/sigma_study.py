@@ -1,18 +1,17 @@
-"""The distribution-aware chapter's experiments: every variant at every ratio on one network, and what they share.
+"""The distribution-aware chapter's experiments: every variant at every ratio on one network, and what they
+share.
 
-Variants, each adding one thing to the one before (all without training and without labels):
-frobenius (plain decomposition, uniform ranks), sigma (the paper: the same ranks, error of the output), global (ranks by
-harm, outputs weighted), sequential (layers fitted one after the other), then, reported apart because they change
+Variants, each adding one thing to the one before (all without training and without labels): frobenius (plain
+decomposition, uniform ranks), sigma (the paper: the same ranks, error of the output), global (ranks by harm,
+outputs weighted), sequential (layers fitted one after the other), then, reported apart because they change
 more than the kernels: bias (bias correction) and batchnorm (recalibration).
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.calibration import Statistics, recalibrate_batchnorm, statistics
-from tdlib.data import IMAGENET_MEAN, IMAGENET_STD, ArraySplit, Bundle
-from tdlib.errors import DataError, unknown
+from tdlib.data import Bundle
+from tdlib.errors import unknown
 from tdlib.harm import HarmCurves, factorise
 from tdlib.layers.formats import get_format
 from tdlib.layers.replace import decompose
@@ -29,21 +28,19 @@ from tdlib.methods.direct import end_layers
 from tdlib.methods.distribution_aware import at_once, calibration_batches, in_sequence, layer_errors, limited
 from tdlib.planning import Plan, count, plan
 from tdlib.planning.candidates import candidates
-from tdlib.records import read_record, record
-from tdlib.runs import parameter_hash
 from tdlib.sensitivity import damped, divergence, logits, output_weights
 from tdlib.tensor.sigma_norm import sigma_error
 
-CHAPTER = "distribution_aware"
 VARIANTS = ("frobenius", "sigma", "global", "sequential", "bias", "batchnorm")
 
 
 class Study:
     """One dense network on one data set; statistics, weights and curves are made once and shared.
 
-    model: trained. data: a Bundle. skip: layers that stay dense (default the first convolution and the classifier).
-    samples: calibration images (training split). points: ranks per layer at which harm is measured. limit: only the
-    first so many images of the split that results are measured on; first: report accuracy on those apart, too.
+    model: trained. data: a Bundle. skip: layers that stay dense (default the first convolution and the
+    classifier). samples: calibration images (training split). points: ranks per layer at which harm is
+    measured. limit: only the first so many images of the split that results are measured on; first: report
+    accuracy on those apart, too.
     """
 
     def __init__(
@@ -109,7 +106,9 @@ class Study:
         """Harm against cost of every layer."""
         if (format, by) not in self._curves:
             probe = list(limited(self.batches, self.measure_samples))
-            self._curves[format, by] = HarmCurves(self.model, self.statistics(), self.weights(), probe, self.points)
+            self._curves[format, by] = HarmCurves(
+                self.model, self.statistics(), self.weights(), probe, self.points
+            )
         return self._curves[format, by]
 
     def plan(self, variant: str, format: str, ratio: float, by: str) -> Plan:
@@ -141,9 +140,11 @@ class Study:
         found = logits(model, self.held_out())
         same, right = found.argmax(1) == self.reference.argmax(1), found.argmax(1) == self.labels
         measured = {
-            "test_accuracy": 100 * float(right.double().mean()), "agreement": 100 * float(same.double().mean()),
-            "kl": divergence(self.reference, found), "n": len(found),
-        }  # fmt: skip
+            "test_accuracy": 100 * float(right.double().mean()),
+            "agreement": 100 * float(same.double().mean()),
+            "kl": divergence(self.reference, found),
+            "n": len(found),
+        }
         if self.first is not None:
             measured[f"accuracy_first_{self.first}"] = 100 * float(right[: self.first].double().mean())
         return measured
@@ -162,41 +163,63 @@ class Study:
         found = candidates(self.model, self.cost, format, by, self.skip, {})[0]
         return sum(c.cost(None) for c in found), self.cost.macs if by == "macs" else self.cost.weights
 
-    def run(self, variant: str, format: str, ratio: float, by: str = "params", of: str = "network") -> dict[str, Any]:
-        """One row: variant, ranks, achieved ratios, what was measured, seconds. of: "network", or "layers" for a ratio
-        over the decomposed layers alone."""
+    def run(
+        self, variant: str, format: str, ratio: float, by: str = "params", of: str = "network"
+    ) -> dict[str, Any]:
+        """One row: variant, ranks, achieved ratios, what was measured, seconds. of: "network", or "layers"
+        for a ratio over the decomposed layers alone."""
         start = time.perf_counter()
         table = self.plan(variant, format, ratio if of == "network" else self.whole(ratio, format, by), by)
         small = self.compressed(variant, table)
         seconds = time.perf_counter() - start
         layers, total = self.sizes(format, by)
         return {
-            "method": variant, "format": format, "ratio": ratio, "by": by, "of": of, **self.measure(small),
-            "dense_test_accuracy": self.dense_accuracy(), "params_ratio": table.params_ratio,
-            "macs_ratio": table.macs_ratio, "layers_ratio": layers / (layers - total + total / table.ratio), "seconds": seconds,
+            "method": variant,
+            "format": format,
+            "ratio": ratio,
+            "by": by,
+            "of": of,
+            **self.measure(small),
+            "dense_test_accuracy": self.dense_accuracy(),
+            "params_ratio": table.params_ratio,
+            "macs_ratio": table.macs_ratio,
+            "layers_ratio": layers / (layers - total + total / table.ratio),
+            "seconds": seconds,
             "ranks": {n: list(table[n]) for n in table},
-        }  # fmt: skip
+        }
 
     def layer_drops(self, format: str, fractions: Sequence[float], limit: int = 8) -> list[dict[str, Any]]:
         """One layer compressed at a time, both ways: relative errors in both norms, accuracy and KL."""
         rows, row, stats = [], get_format(format), self.statistics()
         chosen = self.names(format)
-        chosen = [chosen[round(k * (len(chosen) - 1) / max(1, min(limit, len(chosen)) - 1))] for k in range(min(limit, len(chosen)))]
+        chosen = [
+            chosen[round(k * (len(chosen) - 1) / max(1, min(limit, len(chosen)) - 1))]
+            for k in range(min(limit, len(chosen)))
+        ]
         for name in chosen:
-            layer = self.model.get_submodule(name)
-            W = layer.weight.detach()
+            W = self.model.get_parameter(f"{name}.weight").detach()
             for fraction in fractions:
                 ranks = row.at(tuple(W.shape), fraction)
                 for method in ("frobenius", "sigma"):
-                    factors = row.factorise(W, ranks) if method == "frobenius" else factorise(row, W, ranks, stats[name])
+                    factors = (
+                        row.factorise(W, ranks)
+                        if method == "frobenius"
+                        else factorise(row, W, ranks, stats[name])
+                    )
                     What = row.compose(factors, tuple(W.shape)).reshape(W.shape)
                     trial = copy.deepcopy(self.model)
                     with torch.no_grad():
-                        trial.get_submodule(name).weight.copy_(What)
-                    rows.append({
-                        "layer": name, "ranks": list(ranks), "method": method, "sigma_error": sigma_error(W, What, stats[name]),
-                        "frobenius_error": float((W - What).norm() / W.norm()), **self.measure(trial),
-                    })  # fmt: skip
+                        trial.get_parameter(f"{name}.weight").copy_(What)
+                    rows.append(
+                        {
+                            "layer": name,
+                            "ranks": list(ranks),
+                            "method": method,
+                            "sigma_error": sigma_error(W, What, stats[name]),
+                            "frobenius_error": float((W - What).norm() / W.norm()),
+                            **self.measure(trial),
+                        }
+                    )
         return rows
 
     def spectra(self) -> dict[str, Tensor]:
@@ -204,8 +227,12 @@ class Study:
         found = {n: torch.linalg.eigvalsh(s).flip(0).clamp_min(0) for n, s in self.statistics().items()}
         return {n: v / v.sum() for n, v in found.items()}
 
-    def transfer(self, others: Mapping[str, Iterable[Any]], format: str, ratio: float, by: str = "params") -> list[dict[str, Any]]:
-        """The paper's decomposition with Sigma of other data, at the ranks and on the test images of this one."""
+    def transfer(
+        self, others: Mapping[str, Iterable[Any]], format: str, ratio: float, by: str = "params"
+    ) -> list[dict[str, Any]]:
+        """The paper's decomposition with Sigma of other data, at the ranks and on the test images of this
+        one.
+        """
         table, rows = self.plan("sigma", format, ratio, by), []
         for name, batches in others.items():
             stats = statistics(self.model, batches, list(table))
@@ -214,70 +241,3 @@ class Study:
             error = float(np.mean([r["sigma_error"] for r in own]))
             rows.append({"Sigma from": name, **self.measure(small), "mean Sigma error": error})
         return rows
-
-
-def sweep(
-    study: Study,
-    variants: Sequence[str],
-    formats: Sequence[str],
-    ratios: Sequence[float],
-    by: str,
-    of: str = "network",
-    *,
-    parameters: Mapping[str, Any] | None = None,
-    scale: str = "quick",
-    directory: str | Path | None = None,
-    notes: str | None = None,
-) -> list[dict[str, Any]]:
-    """Rows of `Study.run` over the grid. With `parameters` (what identifies the run beside the grid) every row becomes a
-    record as soon as it is there, and rows whose record exists are read instead of run: a stopped sweep continues."""
-    rows = []
-    folder = Path(directory or os.environ.get("TDLIB_RECORDS") or "book/results")
-    for format in formats:
-        for ratio in ratios:
-            for variant in variants:
-                full = {**(parameters or {}), "method": variant, "format": format, "ratio": ratio, "by": by, "of": of}
-                path = folder / f"{CHAPTER}-{parameter_hash(full)}.json"
-                if parameters is not None and path.is_file():
-                    found = read_record(path)
-                    rows.append(full | found["metrics"] | {"ranks": found["tables"]["ranks"]})
-                    continue
-                row = study.run(variant, format, ratio, by, of)
-                rows.append(row)
-                if parameters is not None:
-                    metrics = {k: v for k, v in row.items() if k not in full and k != "ranks"}
-                    ranks = [{"layer": n, "ranks": r} for n, r in row["ranks"].items()]
-                    record(
-                        CHAPTER, full, metrics, directory=folder, scale=scale, device=study.device, data=study.data,
-                        wall_seconds=row["seconds"], tables={"ranks": ranks}, notes=notes,
-                    )  # fmt: skip
-    return rows
-
-
-def halves(folder: str | Path) -> Bundle:
-    """A folder with one sub-folder per class, named so that their order is that of the network's outputs: classes with
-    even index for calibration (train), with odd index for evaluation (test). Images as they are, ImageNet's constants.
-
-    For collections with about one image a class, where a class cannot be divided. Raises: DataError.
-    """
-    from PIL import Image
-
-    classes = sorted(p for p in Path(folder).expanduser().iterdir() if p.is_dir())
-    found: list[tuple[int, np.ndarray]] = []
-    for index, place in enumerate(classes):
-        for file in sorted(place.iterdir()):
-            with Image.open(file) as image:
-                found.append((index, np.asarray(image.convert("RGB"))))
-    shapes = {a.shape for _, a in found}
-    if len(shapes) != 1:
-        raise DataError(f"{folder}: expected images of one size in class folders, found sizes {sorted(shapes) or 'none'}")
-    parts = []
-    for odd in (0, 1):
-        part = [(i, a) for i, a in found if i % 2 == odd]
-        images, labels = np.stack([a for _, a in part]), torch.tensor([i for i, _ in part])
-        parts.append(ArraySplit(torch.from_numpy(images), labels, IMAGENET_MEAN, IMAGENET_STD))
-    empty = ArraySplit(parts[0].images[:0], parts[0].labels[:0], IMAGENET_MEAN, IMAGENET_STD)
-    height, width, _ = found[0][1].shape
-    return Bundle(
-        "imagenet-sample", [p.name for p in classes], IMAGENET_MEAN, IMAGENET_STD, (3, height, width), parts[0], empty, parts[1],
-    )  # fmt: skip

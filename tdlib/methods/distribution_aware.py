@@ -4,13 +4,14 @@ The paper: decompose every kernel so that the error of the layer's OUTPUT on cal
 min ||(W - What) Sigma^(1/2)||_F with Sigma = E[x x^T] of its input patches; no labels, no training.
 
 Beyond it, each with a switch:
-- `weigh_outputs`: the output error is measured by H, the Fisher information at the layer's output, so that what later
-  layers ignore may change: min tr(H (W - What) Sigma (W - What)^T);
+- `weigh_outputs`: the output error is measured by H, the Fisher information at the layer's output, so that
+  what later layers ignore may change: min tr(H (W - What) Sigma (W - What)^T);
 - `rule="global"`: ranks go where they lower the KL divergence of the network's output most per unit of cost
   (`tdlib.harm`);
-- `sequential`: layers are replaced from the input to the output; each is fitted to reproduce the dense network's output
-  from the inputs that the already compressed front really gives it, so that errors are undone instead of added up.
-BatchNorm recalibration and bias correction from the same inputs are separate and off unless asked for.
+- `sequential`: layers are replaced from the input to the output; each is fitted to reproduce the dense
+  network's output from the inputs that the already compressed front really gives it, so that errors are
+  undone instead of added up. BatchNorm recalibration and bias correction from the same inputs are separate
+  and off unless asked for.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ from .direct import accuracies, end_layers
 def calibration_batches(
     data: Any, samples: int = 1000, batch_size: int = 100, seed: int = 0, device: str | torch.device = "cpu"
 ) -> list[Tensor]:
-    """At most `samples` inputs as batches: random training images of a Bundle without augmentation, or the first of any
-    iterable of inputs or (inputs, labels) batches. Labels are dropped. Raises: DataError if there is none."""
+    """At most `samples` inputs as batches: random training images of a Bundle without augmentation, or the
+    first of any iterable of inputs or (inputs, labels) batches. Labels are dropped. Raises: DataError if
+    there is none."""
     if hasattr(data, "batches"):
         batch_size = min(batch_size, len(data.train), samples)
         source = data.batches("train", batch_size, device=device, seed=seed, shuffle=True, drop_last=False)
@@ -71,7 +73,9 @@ def calibration_batches(
         left -= len(kept[-1])
     kept = [x for x in kept if len(x)]
     if not kept:
-        raise DataError("no calibration inputs: give a Bundle with training images, or an iterable of batches")
+        raise DataError(
+            "no calibration inputs: give a Bundle with training images, or an iterable of batches"
+        )
     return kept
 
 
@@ -103,17 +107,20 @@ def compress(
     """Compress without training to `ratio` = dense / compressed, from unlabelled calibration inputs.
 
     data: a Bundle (its training images are used) or an iterable of input batches. samples: how many inputs.
-    statistics: those of another data set (a file or an object): then nothing is taken from `data` but what the
-    options below need, and the layers are replaced at once, not in sequence. positions: random patches per image and
-    layer instead of all. points: ranks per layer at which harm is measured, on `measure_samples` inputs, for rule
-    "global"; 0, the default, trusts the prediction, which chose better in our trials. ranks: an explicit table instead of a rule. evaluate: also measure accuracy where
-    `data` is a Bundle. `model` is not changed; its report is in `result._tdlib["report"]`.
-    Raises: as `plan` and `statistics`.
+    statistics: those of another data set (a file or an object): then nothing is taken from `data` but what
+    the options below need, and the layers are replaced at once, not in sequence. positions: random patches
+    per image and layer instead of all. points: ranks per layer at which harm is measured, on
+    `measure_samples` inputs, for rule "global"; 0, the default, trusts the prediction, which chose better in
+    our trials. ranks: an explicit table instead of a rule. evaluate: also measure accuracy where `data` is a
+    Bundle. `model` is not changed; its report is in `result._tdlib["report"]`. Raises: as `plan` and
+    `statistics`.
     """
     started = time.perf_counter()
     row = get_format(format)
     if row.factorise_sigma is None:
-        raise TdlibError(f"format {format!r} has no data-aware factorisation; there is one for tucker2, tt, cp, cp4, svd")
+        raise TdlibError(
+            f"format {format!r} has no data-aware factorisation; there is one for tucker2, tt, cp, cp4, svd"
+        )
     device = device or next(model.parameters()).device
     model = model.to(device)
     batches = calibration_batches(data, samples, batch_size, seed, device)
@@ -124,7 +131,11 @@ def compress(
     if ranks is not None:
         names = [n for n in names if any(fnmatchcase(n, pattern) for pattern in ranks)]
     given = load_statistics(statistics) if isinstance(statistics, (str, Path)) else statistics
-    stats = take_statistics(model, batches, names or None, positions=positions, seed=seed) if given is None else given
+    stats = (
+        take_statistics(model, batches, names or None, positions=positions, seed=seed)
+        if given is None
+        else given
+    )
     seconds = {"statistics": time.perf_counter() - started}
     weights = None
     if weigh_outputs and names:
@@ -143,16 +154,24 @@ def compress(
         small = at_once(model, table, stats, weights)
         if bias_correction:
             correct_bias(small, model, stats, table, batches[0])
-    if hasattr(table, "to_dict"):
-        small._tdlib["plan"] = table.to_dict()
+    about: dict[str, Any] = vars(small)["_tdlib"]
+    about["plan"] = table.to_dict()
     seconds["decomposition"] = time.perf_counter() - started - sum(seconds.values())
     reference = logits(model, batches)
     report: dict[str, Any] = {
-        "method": "distribution-aware", "sequential": sequential and given is None, "weigh_outputs": weigh_outputs,
-        "rule": table.rule, "samples": sum(map(len, batches)), "params_ratio": table.params_ratio,
-        "macs_ratio": table.macs_ratio, "plan": table.to_dict(), "calibration_kl": divergence(reference, logits(small, batches)),
-        "layers": layer_errors(model, small, table, stats), "harm": curves.rows if curves else [], "history": {},
-    }  # fmt: skip
+        "method": "distribution-aware",
+        "sequential": sequential and given is None,
+        "weigh_outputs": weigh_outputs,
+        "rule": table.rule,
+        "samples": sum(map(len, batches)),
+        "params_ratio": table.params_ratio,
+        "macs_ratio": table.macs_ratio,
+        "plan": table.to_dict(),
+        "calibration_kl": divergence(reference, logits(small, batches)),
+        "layers": layer_errors(model, small, table, stats),
+        "harm": curves.rows if curves else [],
+        "history": {},
+    }
     bundle = evaluate and hasattr(data, "batches")
     if bundle:
         report["dense"] = accuracies(model, data, str(device))
@@ -164,7 +183,7 @@ def compress(
             report["after"] = accuracies(small, data, str(device))
     report["seconds"] = time.perf_counter() - started
     report["stage_seconds"] = seconds
-    small._tdlib["report"] = report
+    about["report"] = report
     return small
 
 
@@ -178,14 +197,17 @@ def limited(batches: Iterable[Tensor], samples: int) -> Iterable[Tensor]:
 
 
 def at_once(
-    model: nn.Module, table: Plan, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    table: Plan,
+    statistics: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Every planned layer decomposed under its Sigma of the dense network (the paper), and its H if given."""
     small = decompose(model, {})
     for name in table:
         layer = model.get_submodule(name)
         H = None if weights is None else weights[name]
-        replace(small, name, layer, layer.weight, table, statistics[name], H)
+        replace(small, name, layer, model.get_parameter(f"{name}.weight"), table, statistics[name], H)
     return small
 
 
@@ -200,8 +222,8 @@ def in_sequence(
     """Planned layers replaced in the order in which they run, each fitted to the dense network's output.
 
     With x the layer's input in the dense network and xhat in the compressed one: the target is the kernel
-    argmin_M E||W x - M xhat||^2, decomposed under E[xhat xhat^T]. bias_correction: both moments are taken about their
-    means, and the difference of means goes into the bias (or the BatchNorm behind).
+    argmin_M E||W x - M xhat||^2, decomposed under E[xhat xhat^T]. bias_correction: both moments are taken
+    about their means, and the difference of means goes into the bias (or the BatchNorm behind).
     """
     small = decompose(model, {})
     for name in call_order(model, table, batches[0][:1]):
@@ -210,18 +232,27 @@ def in_sequence(
         sigma, cross = p.sigma, p.cross
         if bias_correction:
             sigma, cross = sigma - torch.outer(p.mean, p.mean), cross - torch.outer(p.dense_mean, p.mean)
-        sigma = shrink(sigma, shrinkage_for(name, len(sigma), p.count))
-        target = corrected_target(layer.weight.detach(), cross.to(layer.weight.device), sigma.to(layer.weight.device))
+        amount = shrinkage_for(name, len(sigma), p.count)
+        cross = shrink(cross, amount, sigma.diagonal().mean())  # the same pull towards W on both sides
+        sigma = shrink(sigma, amount)
+        W = model.get_parameter(f"{name}.weight").detach()
+        target = corrected_target(W, cross.to(W.device), sigma.to(W.device))
         replace(small, name, layer, target, table, sigma, None if weights is None else weights[name])
         if bias_correction:
-            W, What = layer.weight.double().flatten(1), to_dense(small.get_submodule(name)).double().flatten(1)
-            shift = W @ p.dense_mean.to(W.device) - What @ p.mean.to(W.device)
-            shift_output(small, name, shift.detach(), batches[0][:1])
+            What = to_dense(small.get_submodule(name)).detach().double().flatten(1)
+            shift = W.double().flatten(1) @ p.dense_mean.to(W.device) - What @ p.mean.to(W.device)
+            shift_output(small, name, shift, batches[0][:1])
     return small
 
 
 def replace(
-    small: nn.Module, name: str, layer: nn.Module, weight: Tensor, table: Plan, sigma: Tensor, H: Tensor | None
+    small: nn.Module,
+    name: str,
+    layer: nn.Module,
+    weight: Tensor,
+    table: Plan,
+    sigma: Tensor,
+    H: Tensor | None,
 ) -> None:
     """Put the factorisation of `weight` in the place of layer `name` of `small`."""
     row, options = get_format(table.formats[name]), table.options[name]
@@ -231,13 +262,13 @@ def replace(
 
 
 def install(model: nn.Module, name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:
-    """Put `module` in the place of layer `name`, wherever it is registered, and note it as `decompose` does."""
+    """Put `module` in the place of layer `name`, wherever that is registered; note it as `decompose` does."""
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, attribute, module)
-    model._tdlib["layers"][name] = dict(entry)  # type: ignore[index, union-attr]
+    vars(model)["_tdlib"]["layers"][name] = dict(entry)
 
 
 def layer_errors(
@@ -246,11 +277,15 @@ def layer_errors(
     """Per layer: ranks, relative error of the output under Sigma and of the kernel (Frobenius)."""
     rows = []
     for name in table:
-        W = model.get_submodule(name).weight.detach().cpu()
+        W = model.get_parameter(f"{name}.weight").detach().cpu()
         What = to_dense(small.get_submodule(name)).detach().reshape(W.shape).cpu()
         frobenius = float((W - What).norm() / W.norm())
-        rows.append({
-            "layer": name, "ranks": list(table[name]), "sigma_error": sigma_error(W, What, statistics[name]),
-            "frobenius_error": frobenius,
-        })  # fmt: skip
+        rows.append(
+            {
+                "layer": name,
+                "ranks": list(table[name]),
+                "sigma_error": sigma_error(W, What, statistics[name]),
+                "frobenius_error": frobenius,
+            }
+        )
     return rows

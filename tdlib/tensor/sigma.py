@@ -1,7 +1,8 @@
-"""Decompositions that minimise the error of the layer's OUTPUT, ||(W - What) S^(1/2)||, instead of the kernel's.
+"""Decompositions that minimise the error of the layer's OUTPUT, ||(W - What) S^(1/2)||, instead of the
+kernel's.
 
-One place to import from; the mathematics is in `sigma_norm` (the norm, matrices), `sigma_tucker`, `sigma_cp` and
-`sigma_tt`.
+One place to import from; the mathematics is in `sigma_norm` (the norm, matrices), `sigma_tucker`, `sigma_cp`
+and `sigma_tt`.
 """
 
 from tdlib.tensor.sigma_cp import cp_sigma

@@ -1,10 +1,10 @@
 """CP in the norm of the layer's input: every factor by least squares under Sigma, the others fixed.
 
-What[o, i, k] = sum_r A[o, r] B[i, r] C[k, r], with k = (kh, kw) merged (CP3) or C the column-wise product of a factor of
-kh and one of kw (CP4). A has a closed form, since Sigma does not touch the output mode. B and the spatial factors couple
-through Sigma: preconditioned conjugate gradients from the current factor. A proximal term (`prox` times the mean
-diagonal of the R x R system, times the squared step) keeps the solves positive definite where rank-one terms are
-collinear. No block ever raises the error, so every sweep is monotone.
+What[o, i, k] = sum_r A[o, r] B[i, r] C[k, r], with k = (kh, kw) merged (CP3) or C the column-wise product of
+a factor of kh and one of kw (CP4). A has a closed form, since Sigma does not touch the output mode. B and the
+spatial factors couple through Sigma: preconditioned conjugate gradients from the current factor. A proximal
+term (`prox` times the mean diagonal of the R x R system, times the squared step) keeps the solves positive
+definite where rank-one terms are collinear. No block ever raises the error, so every sweep is monotone.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def cp_sigma(
 ) -> CPTensor:
     """CP of W (O, I, kh, kw) at `rank` in the norm of S, started from the plain CP. CP4 if `four`, else CP3.
 
-    Returns unit weights and balanced factors (O, R), (I, R), then (kh*kw, R) or (kh, R), (kw, R). `trace` receives the
-    relative squared error at the start and after every sweep; it never rises. Stops when a sweep lowers it by less
-    than `tol` of itself. `iterations`: conjugate gradient steps per factor and sweep.
+    Returns unit weights and balanced factors (O, R), (I, R), then (kh*kw, R) or (kh, R), (kw, R). `trace`
+    receives the relative squared error at the start and after every sweep; it never rises. Stops when a sweep
+    lowers it by less than `tol` of itself. `iterations`: conjugate gradient steps per factor and sweep.
     """
     p = problem(W, S, ridge)
     first = (cp4 if four else cp3)(W.float() if W.dtype != torch.float64 else W, rank)
@@ -91,7 +91,7 @@ def _output(p: Problem, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 
 
 def _input(p: Problem, MA: Tensor, gram: Tensor, B: Tensor, C: Tensor, iterations: int) -> Tensor:
-    K, I = p.M.shape[1:]
+    K, I = p.M.shape[1:]  # noqa: E741
 
     def apply(X: Tensor) -> Tensor:
         Y = p.S @ (_kr(X, C) @ gram)
@@ -112,7 +112,7 @@ def _spatial(
     p: Problem, MA: Tensor, gram: Tensor, B: Tensor, spatial: list[Tensor], j: int, iterations: int
 ) -> Tensor:
     """Factor j of the spatial ones; through `merged` it sees the full (K, R) gradient."""
-    K, I = p.M.shape[1:]
+    K, I = p.M.shape[1:]  # noqa: E741
     shape = [s.shape[0] for s in spatial]
     other = spatial[1 - j] if len(spatial) == 2 else None
 

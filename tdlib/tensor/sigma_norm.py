@@ -1,15 +1,16 @@
 """Low-rank approximation in the norm of the layer's input: minimise ||(W - What) S^(1/2)||_F.
 
-S = E[x x^T] is the uncentred second moment of the layer's input (patches for a convolution), so the squared error is
-exactly the mean squared change of the layer's output. `S` has size (n, n) with n = I*kh*kw in the order of
-`W.reshape(O, -1)`: channel, then kh, then kw.
+S = E[x x^T] is the uncentred second moment of the layer's input (patches for a convolution), so the squared
+error is exactly the mean squared change of the layer's output. `S` has size (n, n) with n = I*kh*kw in the
+order of `W.reshape(O, -1)`: channel, then kh, then kw.
 
-S is singular more often than not (dead channels, constant padding, fewer patches than n). Every solver therefore
-minimises the norm of `S + ridge * mean(diag S) * I`: with a ridge of 1e-8 the Frobenius norm only decides among kernels
-which S cannot tell apart, and all projected systems are positive definite. Everything runs in float64.
+S is singular more often than not (dead channels, constant padding, fewer patches than n). Every solver
+therefore minimises the norm of `S + ridge * mean(diag S) * I`: with a ridge of 1e-8 the Frobenius norm only
+decides among kernels which S cannot tell apart, and all projected systems are positive definite. Everything
+runs in float64.
 
-Source: Kalle et al., Distribution-aware tensor decomposition, NeurIPS 2025 (arXiv 2511.04494). The closed forms for
-core and output factor together, and for TT, are ours.
+Source: Kalle et al., Distribution-aware tensor decomposition, NeurIPS 2025 (arXiv 2511.04494). The closed
+forms for core and output factor together, and for TT, are ours.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def regularise(S: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 def root(S: Tensor) -> Tensor:
-    """L (n, n) with L L^T = S for any positive semi-definite S: eigenvectors times the root of the clipped eigenvalues."""
+    """L (n, n) with L L^T = S for any positive semi-definite S: eigenvectors times the root of the clipped
+    eigenvalues.
+    """
     values, vectors = torch.linalg.eigh(S.double())
     return vectors * values.clamp_min(0).sqrt()
 
 
 def pinv_root(S: Tensor, rtol: float = 1e-12) -> tuple[Tensor, Tensor]:
-    """(S^(1/2), S^(-1/2)), symmetric, with eigenvalues below rtol * largest treated as zero in the inverse."""
+    """(S^(1/2), S^(-1/2)), symmetric; eigenvalues below rtol * largest count as zero in the inverse."""
     values, vectors = torch.linalg.eigh(S.double())
     values = values.clamp_min(0)
     keep = values > rtol * values[-1]
@@ -56,13 +59,14 @@ def pinv_root(S: Tensor, rtol: float = 1e-12) -> tuple[Tensor, Tensor]:
 
 
 def sigma_norm2(M: Tensor, S: Tensor) -> Tensor:
-    """||M S^(1/2)||_F^2 for M (O, n): the mean squared output of the layer with weight M (scalar, float64)."""
+    """||M S^(1/2)||_F^2 for M (O, n): mean squared output of the layer with weight M (scalar, float64)."""
     M = M.double()
     return ((M @ S.double()) * M).sum()
 
 
 def sigma_error(W: Tensor, What: Tensor, S: Tensor) -> float:
-    """Relative error ||(W - What) S^(1/2)|| / ||W S^(1/2)|| in [0, inf): root mean squared output error over output.
+    """Relative error ||(W - What) S^(1/2)|| / ||W S^(1/2)|| in [0, inf): root mean squared output error over
+    output.
 
     W and What: (O, I, kh, kw) or (O, I); S: (n, n).
     """
@@ -86,8 +90,9 @@ def check_size(M: Tensor, S: Tensor) -> None:
 def svd_sigma(M: Tensor, r: int, S: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     """(A (O, r), B (r, n)): the rank-r matrix nearest to M (O, n) in the norm of S. Closed form, no inverse.
 
-    With U the leading left singular vectors of M S^(1/2) (eigenvectors of M S M^T), the optimum is U U^T M: the
-    truncated SVD of M S^(1/2) times S^(-1/2). A and B carry the root of the singular values each, as the plain SVD.
+    With U the leading left singular vectors of M S^(1/2) (eigenvectors of M S M^T), the optimum is U U^T M:
+    the truncated SVD of M S^(1/2) times S^(-1/2). A and B carry the root of the singular values each, as the
+    plain SVD.
     """
     check_size(M, S)
     dtype, M = M.dtype, M.double()
@@ -103,17 +108,21 @@ def leading(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def balance(values: Tensor) -> Tensor:
-    """Fourth root of the eigenvalues, floored: splits the singular values evenly over both factors without dividing by 0."""
+    """Fourth root of the eigenvalues, floored: splits the singular values evenly over both factors without
+    dividing by 0.
+    """
     top = values[0].clamp_min(torch.finfo(values.dtype).tiny)
     return (values / top).clamp_min(1e-12).pow(0.25) * top.pow(0.25)
 
 
 def corrected_target(W: Tensor, cross: Tensor, S: Tensor, ridge: float = 1e-6) -> Tensor:
-    """The kernel that best gives the ORIGINAL output from the inputs of the compressed network (same shape as W).
+    """The kernel that best gives the ORIGINAL output from the inputs of the compressed network (same shape as
+    W).
 
-    cross = E[x xhat^T] (n, n) with x the input in the dense network and xhat in the compressed one, S = E[xhat xhat^T].
-    argmin_M E||W x - M xhat||^2 = W cross S^-1, pulled towards W by the ridge; low-rank approximation of M under S is
-    then the optimal asymmetric reconstruction (Zhang et al. 2015, arXiv 1505.06798, for a matrix).
+    cross = E[x xhat^T] (n, n) with x the input in the dense network and xhat in the compressed one, S =
+    E[xhat xhat^T]. argmin_M E||W x - M xhat||^2 = W cross S^-1, pulled towards W by the ridge; low-rank
+    approximation of M under S is then the optimal asymmetric reconstruction (Zhang et al. 2015, arXiv
+    1505.06798, for a matrix).
     """
     M, S64 = W.double().flatten(1), regularise(S, ridge)
     check_size(M, S)
@@ -123,7 +132,8 @@ def corrected_target(W: Tensor, cross: Tensor, S: Tensor, ridge: float = 1e-6) -
 
 
 def weigh_output(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
-    """(H^(1/2) W, H^(-1/2)) for an output weight H (O, O): approximating the first in any norm of this package and
-    multiplying its output factor by the second minimises the doubly weighted error tr(H (W-What) S (W-What)^T)."""
+    """(H^(1/2) W, H^(-1/2)) for an output weight H (O, O): approximating the first in any norm of this
+    package and multiplying its output factor by the second minimises the doubly weighted error tr(H (W-What)
+    S (W-What)^T)."""
     half, inverse = pinv_root(H)
     return (half @ W.double().flatten(1)).reshape(W.shape), inverse

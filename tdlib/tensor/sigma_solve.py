@@ -1,7 +1,8 @@
-"""Solvers shared by the decompositions in the norm of Sigma: conjugate gradients and Kronecker preconditioners.
+"""Solvers shared by the decompositions in the norm of Sigma: conjugate gradients and Kronecker
+preconditioners.
 
-All unknowns are factors X (m, r) whose normal equations are sum_kl S_kl X N_kl^T over pairs of spatial positions, with
-S_kl (m, m) blocks of Sigma and N_kl (r, r) products of the other factors.
+All unknowns are factors X (m, r) whose normal equations are sum_kl S_kl X N_kl^T over pairs of spatial
+positions, with S_kl (m, m) blocks of Sigma and N_kl (r, r) products of the other factors.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def conjugate_gradients(
 
 
 def nearest_kronecker(S4: Tensor, inner: Linear, weights: Linear, steps: int = 2) -> tuple[Tensor, Tensor]:
-    """(A (m, m), B (r, r)) with A x B near sum_kl S_kl x N_kl (Van Loan and Pitsianis 1993, by power iteration).
+    """(A (m, m), B (r, r)) with A x B near sum_kl S_kl x N_kl (Van Loan and Pitsianis 1993, by power
+    iteration).
 
     S4: (K, m, K, m). inner(w (K, K)) = sum_kl w_kl N_kl; weights(B)[k, l] = <N_kl, B>.
     """

@@ -1,8 +1,9 @@
 """Tensor train in the norm of the layer's input.
 
-With whole channels the train (O, K, I) at ranks (r_out, r_in) is the same set of kernels as Tucker-2, so its optimum is
-`tucker2_sigma` rewritten as cores. With factorised channels (or linear layers as trains) every core in turn solves its
-normal equations by conjugate gradients, the cores left of it kept orthonormal; monotone, but not in closed form.
+With whole channels the train (O, K, I) at ranks (r_out, r_in) is the same set of kernels as Tucker-2, so its
+optimum is `tucker2_sigma` rewritten as cores. With factorised channels (or linear layers as trains) every
+core in turn solves its normal equations by conjugate gradients, the cores left of it kept orthonormal;
+monotone, but not in closed form.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def tt_sigma(
 
 
 def _als(p: Problem, cores: list[Tensor], sweeps: int, tol: float, trace: list[float]) -> list[Tensor]:
-    """Alternating least squares over the cores, from the first to the last, with QR to the right after each."""
+    """Alternating least squares over the cores from first to last, with QR to the right after each."""
     error = _error(p, cores)
     trace.append(float(error / p.total))
     for _ in range(sweeps):
@@ -72,7 +73,7 @@ def _als(p: Problem, cores: list[Tensor], sweeps: int, tol: float, trace: list[f
 
 def _core(p: Problem, cores: list[Tensor], k: int, iterations: int = 20) -> Tensor:
     """Core k (a, n, b) by least squares under Sigma, started from its present value."""
-    O, n_in = p.M.shape[0], p.M.shape[1] * p.M.shape[2]
+    O, n_in = p.M.shape[0], p.M.shape[1] * p.M.shape[2]  # noqa: E741
     left = _chain(cores[:k]).reshape(-1, cores[k].shape[0])  # (rows, a)
     right = _chain(cores[k + 1 :]).reshape(cores[k].shape[2], -1)  # (b, columns)
     values, vectors = torch.linalg.eigh(right @ right.T)

@@ -1,18 +1,19 @@
 """Tucker-2 (and the three-core TT, the same set of kernels) in the norm of the layer's input.
 
 The kernel is What[o, i, k] = sum_ab Uo[o, a] G[a, b, k] Ui[i, b]. Blocks:
-- for a fixed input factor Ui, core and output factor together are a reduced-rank regression: with P = Ui x I_K,
-  the best unconstrained B = M S P (P^T S P)^-1, and cutting it to rank r_out in the metric P^T S P is one `eigh` of
-  an (O, O) matrix. The error falls out: ||M||_S^2 minus the kept eigenvalues.
-- for fixed core and output factor, Ui solves a linear system with matrix sum_kk' S_kk' x N_kk' (N = G^T G), by
-  Cholesky when it is small and by preconditioned conjugate gradients from the current Ui otherwise.
-Both blocks minimise the same convex function exactly, or at least never raise it, so every sweep is monotone.
+- for a fixed input factor Ui, core and output factor together are a reduced-rank regression: with P = Ui x
+  I_K, the best unconstrained B = M S P (P^T S P)^-1, and cutting it to rank r_out in the metric P^T S P is
+  one `eigh` of an (O, O) matrix. The error falls out: ||M||_S^2 minus the kept eigenvalues.
+- for fixed core and output factor, Ui solves a linear system with matrix sum_kk' S_kk' x N_kk' (N = G^T G),
+  by Cholesky when it is small and by preconditioned conjugate gradients from the current Ui otherwise. Both
+  blocks minimise the same convex function exactly, or at least never raise it, so every sweep is monotone.
 
 Inside, kernels are (O, K, I) and S is (K*I, K*I) with the channel fastest: all products are plain GEMMs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class Problem:
 
 def problem(W: Tensor, S: Tensor, ridge: float) -> Problem:
     """Reorder W (O, I, ...) and S (I*K, I*K) to the channel-fastest order of this file."""
-    O, I = W.shape[:2]
+    O, I = W.shape[:2]  # noqa: E741
     M = W.double().reshape(O, I, -1)
     check_size(M.flatten(1), S)
     K = M.shape[2]
@@ -50,7 +51,7 @@ def problem(W: Tensor, S: Tensor, ridge: float) -> Problem:
 
 def core_and_output(p: Problem, V: Tensor, r_out: int) -> tuple[Tensor, Tensor, Tensor]:
     """Best (U (O, r_out) orthonormal, G (r_out, K, r_in), squared error) for the input factor V (I, r_in)."""
-    O, K, I = p.M.shape
+    O, K, I = p.M.shape  # noqa: E741
     r = V.shape[1]
     SV = (p.S.view(K * I * K, I) @ V).view(K, I, K * r)
     Sp = torch.matmul(V.T, SV).reshape(K * r, K * r)
@@ -62,9 +63,11 @@ def core_and_output(p: Problem, V: Tensor, r_out: int) -> tuple[Tensor, Tensor, 
     return U, G, p.total - kept.sum()
 
 
-def input_factor(p: Problem, U: Tensor, G: Tensor, V: Tensor, iterations: int = 12, rtol: float = 1e-3) -> Tensor:
+def input_factor(
+    p: Problem, U: Tensor, G: Tensor, V: Tensor, iterations: int = 12, rtol: float = 1e-3
+) -> Tensor:
     """Best V (I, r_in) for core G (r_out, K, r_in) and orthonormal U (O, r_out), starting from V."""
-    O, K, I = p.M.shape
+    O, K, I = p.M.shape  # noqa: E741
     r = V.shape[1]
     right = (U.T @ p.MS.reshape(O, K * I)).reshape(-1, I).T @ G.reshape(-1, r)
     if I * r <= DIRECT_LIMIT:
@@ -90,7 +93,7 @@ def input_factor(p: Problem, U: Tensor, G: Tensor, V: Tensor, iterations: int = 
 
 def starts(p: Problem, r_in: int) -> list[Tensor]:
     """Two first input factors (I, r_in): HOSVD's, and HOSVD's in the metric of the channel covariance."""
-    O, K, I = p.M.shape
+    O, K, I = p.M.shape  # noqa: E741
     M = p.M.reshape(O * K, I)
     plain, _ = leading(M.T @ M, r_in)
     A = torch.einsum("kikj->ij", p.S.view(K, I, K, I))
@@ -104,7 +107,7 @@ def starts(p: Problem, r_in: int) -> list[Tensor]:
 @full_precision
 def tucker2_sigma(
     W: Tensor,
-    ranks: tuple[int, int],
+    ranks: Sequence[int],
     S: Tensor,
     sweeps: int = 8,
     tol: float = 1e-4,
@@ -114,16 +117,19 @@ def tucker2_sigma(
 ) -> Tucker2Tensor:
     """Tucker-2 of W (O, I, kh, kw) with ranks (r_out, r_in) that minimises the error in the norm of S.
 
-    Returns core (r_out, r_in, kh, kw) and factors [U_out (O, r_out), U_in (I, r_in)], both orthonormal. `start`: a
-    first input factor (I, r_in) instead of the better of two built in. `trace` receives the relative squared error
-    after every sweep, which never rises. Stops when it falls by less than `tol` of itself.
+    Returns core (r_out, r_in, kh, kw) and factors [U_out (O, r_out), U_in (I, r_in)], both orthonormal.
+    `start`: a first input factor (I, r_in) instead of the better of two built in. `trace` receives the
+    relative squared error after every sweep, which never rises. Stops when it falls by less than `tol` of
+    itself.
     """
     p = problem(W, S, ridge)
-    O, K, I = p.M.shape
+    O, K, I = p.M.shape  # noqa: E741
     r_out, r_in = min(ranks[0], O), min(ranks[1], I)
     r_out, r_in = min(r_out, r_in * K), min(r_in, r_out * K)
     candidates = starts(p, r_in) if start is None else [torch.linalg.qr(start.double())[0]]
-    (U, G, error), V = min(((core_and_output(p, V, r_out), V) for V in candidates), key=lambda c: float(c[0][2]))
+    (U, G, error), V = min(
+        ((core_and_output(p, V, r_out), V) for V in candidates), key=lambda c: float(c[0][2])
+    )
     trace = [] if trace is None else trace
     trace.append(float(error / p.total))
     for _ in range(sweeps if r_in < I else 0):
