@@ -120,8 +120,8 @@ class Format:
     def resolve(self, shape: Sequence[int], **options: Any) -> dict[str, Any]:
         """Options made explicit for one kernel: `order` becomes out_modes and in_modes (checked)."""
         options = {name: value for name, value in options.items() if value is not None}
-        scheme = self.scheme(shape, **options)
-        if not options and scheme not in self.factored.values():
+        self.scheme(shape, **options)
+        if not options and kind_of(shape) not in self.always_factored:
             return {}
         from tdlib.tensor.matrix import factorise_modes
 
