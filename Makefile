@@ -10,7 +10,7 @@ INDEX := book/_build/html/index.html
 CONFIG := profile=$(PROFILE) $(if $(CHAPTERS),chapters=$(CHAPTERS)) $(if $(DEVICE),device=$(DEVICE)) \
   $(if $(DATASET),dataset=$(DATASET)) $(if $(MODEL),model=$(MODEL)) $(if $(DATA_DIR),data_dir=$(DATA_DIR)) \
   $(if $(SEED),seed=$(SEED))
-SNAKEMAKE = $(BIN)/python -m snakemake --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet rules progress host
+SNAKEMAKE = $(BIN)/python -m snakemake --cores $(CORES) --quiet rules progress host --keep-going --rerun-incomplete --nolock
 
 .PHONY: help book test browser sweep clean
 help:

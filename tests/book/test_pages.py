@@ -70,7 +70,7 @@ def test_the_reference_lists_every_public_name_and_module():
         ("One line with *args and x_.", r"One line with \*args and x\_."),
         ("Code ``a*b`` and `c_`.", "Code ``a*b`` and `c_`."),
         ("Head.\n\nseed: which\n  part", "Head.\n\n- **seed**: which\n  part"),
-        ("Head.\n\n    a  b\n    c  d", "Head.\n\n```text\na  b\nc  d\n```"),
+        ("Head.\n\n    a  b\n    c  d\n\nTail.", "Head.\n\n```text\na  b\nc  d\n```\n\nTail."),
         ("f(x) does\n    more\ng(x) too", "- f(x) does\n  more\n- g(x) too"),
         ("Lead:\n- one\n- two_", "Lead:\n\n- one\n- two\\_"),
         (None, ""),
