@@ -76,11 +76,11 @@ def clean(nb: Any, *, outputs: bool = True) -> Any:
         del nb.metadata[key]
     nb.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nb.metadata["language_info"] = {"name": "python"}
-    for position, cell in enumerate(nb.cells):
+    for cell in nb.cells:
         for key in _NOISE:
             cell.metadata.pop(key, None)
         if "injected-parameters" in cell.metadata.get("tags", []):
-            cell["id"] = f"cell-{position:03d}"
+            cell["id"] = "injected-parameters"
         if cell.cell_type != "code":
             continue
         if outputs:
@@ -124,6 +124,7 @@ def execute(source: str | Path, output: str | Path, parameters: Mapping[str, Any
     """
     import nbformat
     import papermill
+    from traitlets.config import Config
 
     source, output, failed = Path(source), Path(output), Path(failed)
     given = dict(parameters or {})
@@ -134,12 +135,13 @@ def execute(source: str | Path, output: str | Path, parameters: Mapping[str, Any
     kept = failed / source.name
     # tqdm asks for widgets, which a static page cannot show; the kernel inherits this setting.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
+    local = Config({"KernelManager": {"transport": "ipc"}})  # no ports that two chapters could both take
     with tempfile.TemporaryDirectory(prefix="tdlib-chapter-") as folder:
         partial = Path(folder) / source.name
         try:
             papermill.execute_notebook(str(source), str(partial), parameters=given, cwd=str(ROOT),
                                        kernel_name="python3", progress_bar=False, log_output=False,
-                                       execution_timeout=timeout)
+                                       execution_timeout=timeout, config=local)
         except Exception as error:  # whatever broke, the reader gets the partial notebook and one sentence
             where = "before its first cell"
             if partial.exists():
