@@ -1,4 +1,5 @@
-"""Make a factorised chain smaller without making it longer: decompose its core, merge the new factors outwards.
+"""Make a factorised chain smaller without making it longer: decompose its core, merge the new factors
+outwards.
 
     W = G x_0 U x_1 V,   G ~ G' x_0 A x_1 B   =>   W ~ G' x_0 (U A) x_1 (V B)
     W = A B,             A ~ A' C             =>   W ~ A' (C B)
@@ -19,7 +20,9 @@ from .scheme import Factors
 
 
 def chain_factors(chain: nn.Sequential) -> Factors:
-    """[core (r_out, r_in, kh, kw), U (O, r_out), V (I, r_in)] of a Tucker-2 chain, [A (O, r), B (r, I)] of an SVD's."""
+    """[core (r_out, r_in, kh, kw), U (O, r_out), V (I, r_in)] of a Tucker-2 chain, [A (O, r), B (r, I)] of an
+    SVD's.
+    """
     weights = [member.weight.detach() for member in chain]
     if len(weights) == 3:
         return [weights[1], weights[2].flatten(1), weights[0].flatten(1).mT]
@@ -37,7 +40,9 @@ def orthogonalise(factors: Factors) -> Factors:
 
 
 def shrink(factors: Factors, ranks: Sequence[int]) -> Factors:
-    """Decompose the core (or the second factor A) at `ranks` and multiply the new outer factors into the others."""
+    """Decompose the core (or the second factor A) at `ranks` and multiply the new outer factors into the
+    others.
+    """
     if len(factors) == 2:
         second, first = svd_factors(factors[0], ranks[0])
         return [second, first @ factors[1]]

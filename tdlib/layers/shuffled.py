@@ -1,4 +1,5 @@
-"""Layers whose kernel is a low-rank tensor after a fixed random permutation of its entries, and their formats.
+"""Layers whose kernel is a low-rank tensor after a fixed random permutation of its entries, and their
+formats.
 
 The formats ``shuffled-tt``, ``shuffled-tr``, ``shuffled-cp`` and ``shuffled-tucker`` take the options
 
@@ -7,9 +8,9 @@ The formats ``shuffled-tt``, ``shuffled-tr``, ``shuffled-cp`` and ``shuffled-tuc
     order     number of near-equal modes (default 4), or
     modes     their extents, or "kernel" for the kernel's own (O, I, kh, kw)
 
-The forward pass contracts the factors to the kernel (once per call, and in evaluation once until a factor changes)
-and convolves with it. So these layers save parameters, not MACs: permuted entries leave no channel structure to
-contract with.
+The forward pass contracts the factors to the kernel (once per call, and in evaluation once until a factor
+changes) and convolves with it. So these layers save parameters, not MACs: permuted entries leave no channel
+structure to contract with.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class _Shuffled(nn.Module):
         self.cores = nn.ParameterList(parameter(layer, core) for core in cores)
         self.bias = bias_of(layer)
         device = layer.weight.device
-        self.register_buffer("shuffle", torch.tensor([UNSHUFFLED if seed is None else seed, 0], device=device))
+        self.register_buffer(
+            "shuffle", torch.tensor([UNSHUFFLED if seed is None else seed, 0], device=device)
+        )
         self.register_buffer("order", None, persistent=False)
         self._draw()
         self._kept: tuple[Any, Tensor] | None = None
@@ -59,15 +62,17 @@ class _Shuffled(nn.Module):
         return None if seed == UNSHUFFLED else seed
 
     def _draw(self, expected: int | None = None) -> None:
-        """The permutation of the stored seed. Raises CheckpointError where it is not the one that was trained with."""
+        """The permutation of the stored seed. Raises CheckpointError where it is not the one that was trained
+        with.
+        """
         if self.seed is None:
             return
         n = math.prod(self.shape)
         drawn = maths.checksum(maths.permutation(n, self.seed))
         if expected is not None and drawn != expected:
             raise CheckpointError(
-                f"the permutation of {n} entries that seed {self.seed} gives in torch {torch.__version__} is not the "
-                "one this layer was trained with; load it with the version of torch that saved it"
+                f"the permutation of {n} entries that seed {self.seed} gives in torch {torch.__version__} is "
+                "not the one this layer was trained with; load it with the version of torch that saved it"
             )
         self.order = maths.inverse_permutation(n, self.seed).to(self.shuffle.device)
         self.shuffle[1] = drawn
@@ -88,12 +93,20 @@ class _Shuffled(nn.Module):
 
     def _weight(self) -> Tensor:
         """``kernel()``, kept while evaluating until a factor changes."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+        ):
             self._kept = None
             return self.kernel()
         if is_in_torch_dispatch_mode() or any(core.is_inference() for core in self.cores):
             return self.kernel()  # a counter must see the products
-        state = [(core.data_ptr(), core._version, core.dtype) for core in self.cores], torch.is_autocast_enabled()
+        state = (
+            [(core.data_ptr(), core._version, core.dtype) for core in self.cores],
+            torch.is_autocast_enabled(),
+        )
         if self._kept is None or self._kept[0] != state:
             self._kept = state, self.kernel()
         return self._kept[1]
@@ -111,7 +124,9 @@ class _Shuffled(nn.Module):
             core.normal_(0.0, std)
 
     def extra_repr(self) -> str:
-        return f"{self.shape}, {self.kind}, seed={self.seed}, cores={[tuple(core.shape) for core in self.cores]}"
+        return (
+            f"{self.shape}, {self.kind}, seed={self.seed}, cores={[tuple(core.shape) for core in self.cores]}"
+        )
 
 
 class ShuffledLinear(_Shuffled):
@@ -201,7 +216,7 @@ class ShuffledFormat(Format):
 SHUFFLED = tuple(
     ShuffledFormat(
         f"shuffled-{kind}",
-        f"{kind.upper() if kind != 'tucker' else 'Tucker'} of the kernel's shuffled entries (fewer parameters, not MACs)",
+        f"{kind} of the kernel's shuffled, folded entries: fewer parameters, not MACs",
         schemes=dict.fromkeys(KINDS, _scheme(kind)),
         options=OPTIONS,
     )

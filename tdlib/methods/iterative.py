@@ -1,7 +1,8 @@
 """Iterative decomposition: compress a little, fine-tune, compress again, until the budget is met (MUSCO).
 
-Source: Gusak, Kholiavchenko, Ponomarev, Markeeva, Blagoveschensky, Cichocki, Oseledets, "Automated Multi-Stage
-Compression of Neural Networks" (first named "One time is not enough"), ICCV Workshops 2019 (arXiv 1903.09973).
+Source: Gusak, Kholiavchenko, Ponomarev, Markeeva, Blagoveschensky, Cichocki, Oseledets, "Automated
+Multi-Stage Compression of Neural Networks" (first named "One time is not enough"), ICCV Workshops 2019 (arXiv
+1903.09973).
 
     repeat until cost(network) = cost(dense network) / ratio:                                       (a pass)
         choose smaller ranks for every layer             (`planning.shrinking`, eq. 1 and 2 there)
@@ -9,17 +10,18 @@ Compression of Neural Networks" (first named "One time is not enough"), ICCV Wor
             decompose its layers at these ranks
             fine-tune the network; stop when validation accuracy has not risen for `patience` epochs
 
-A k×k convolution becomes Tucker-2 (or CP), a 1×1 convolution or linear layer an SVD. The ranks of the last pass are
-trimmed, so that it ends at the budget and not below.
+A k×k convolution becomes Tucker-2 (or CP), a 1×1 convolution or linear layer an SVD. The ranks of the last
+pass are trimmed, so that it ends at the budget and not below.
 
-From the second pass on only the Tucker core G (or the second factor of the SVD) is decomposed, and the new outer
-factors A, B are multiplied into the 1×1 convolutions around it, so a chain never grows:
+From the second pass on only the Tucker core G (or the second factor of the SVD) is decomposed, and the new
+outer factors A, B are multiplied into the 1×1 convolutions around it, so a chain never grows:
 
     W = G x_0 U x_1 V,   G ~ G' x_0 A x_1 B   =>   W ~ G' x_0 (U A) x_1 (V B)                       (3)
 
-Fine-tuning makes U and V lose their orthonormal columns; the core nearest to G is then not the one nearest to W. With
-`orthogonal` (default) the triangular factors of U and V move into G first, which makes (3) the Tucker-2 projection of
-W itself; `orthogonal=False` is the published step. A CP core is diagonal, so a smaller rank is fitted to the kernel.
+Fine-tuning makes U and V lose their orthonormal columns; the core nearest to G is then not the one nearest to
+W. With `orthogonal` (default) the triangular factors of U and V move into G first, which makes (3) the
+Tucker-2 projection of W itself; `orthogonal=False` is the published step. A CP core is diagonal, so a smaller
+rank is fitted to the kernel.
 """
 
 from __future__ import annotations
@@ -29,90 +31,26 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import NonFiniteError, TdlibError, unknown
-from ..layers.chains import bias_of
-from ..layers.dense import to_dense
-from ..layers.recompress import chain_factors, orthogonalise, shrink
-from ..layers.scheme import Factors
+from ..errors import TdlibError, unknown
 from ..planning import Plan, plan
 from ..planning.budget import Budget, Choice, make_budget, spent
-from ..planning.candidates import Candidate, Ranks, candidates
+from ..planning.candidates import Ranks, candidates
 from ..planning.cost import count
 from ..planning.shrinking import accept, check_reachable, check_rule, next_ranks, trim
-from ..train import Context, evaluate, fit
-from .direct import KeepBest, accuracies, decompose_and_finetune, end_layers, require_finished, stage, training_options
+from ..train import evaluate, fit
+from .direct import (
+    accuracies,
+    decompose_and_finetune,
+    end_layers,
+    require_finished,
+    stage,
+    training_options,
+)
+from .stepwise import EarlyStopping, Layer
 
 FORMATS = ("tucker2", "cp")
-
-
-class EarlyStopping(KeepBest):
-    """Ends training when the validation accuracy has not risen for `patience` epochs."""
-
-    def __init__(self, patience: int) -> None:
-        super().__init__()
-        self.patience, self.stale = patience, 0
-
-    def after_epoch(self, ctx: Context) -> None:
-        risen = ctx.row.get("val_accuracy", float("inf")) > self.accuracy
-        super().after_epoch(ctx)
-        self.stale = 0 if risen else self.stale + 1
-        ctx.stop = ctx.stop or self.stale >= self.patience
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "stale": self.stale}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.stale = int(state["stale"])
-
-
-# -- one layer ------------------------------------------------------------------------------------------------------
-
-
-class Layer:
-    """One layer on its way: the dense geometry it started from, the module it is now, and how to make it smaller."""
-
-    def __init__(self, site: Candidate, dense: nn.Module, orthogonal: bool) -> None:
-        self.site, self.orthogonal = site, orthogonal
-        self.geometry = copy.deepcopy(dense)
-        self.module = dense
-
-    @property
-    def dense(self) -> bool:
-        """Whether the layer has not been decomposed yet."""
-        return not isinstance(self.module, nn.Sequential)
-
-    @property
-    def refitted(self) -> bool:
-        """Whether a smaller rank is fitted to the whole kernel: the first pass, and CP in every pass."""
-        return self.dense or self.site.format.name == "cp" and len(self.site.shape) == 4 and len(self.module) > 2  # type: ignore[arg-type]
-
-    def _factors(self) -> Factors:
-        factors = [f.float() for f in chain_factors(self.module)]  # type: ignore[arg-type]
-        return orthogonalise(factors) if self.orthogonal else factors
-
-    def core(self) -> Tensor:
-        """What the next pass decomposes; its unfoldings are those that EVBMF sees."""
-        return to_dense(self.module).detach() if self.refitted else self._factors()[0]
-
-    def at(self, ranks: Ranks) -> nn.Module:
-        """The module of these (smaller) ranks. Raises NonFiniteError."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
-            raise NonFiniteError(f"layer {self.site.name!r} has NaN or Inf in its weights: lower the fine-tuning lr")
-        if self.refitted:
-            factors = self.site.format.factorise(to_dense(self.module).detach(), ranks, **self.site.options)
-        else:
-            factors = shrink(self._factors(), ranks)
-        last = self.module if self.dense else self.module[-1]  # type: ignore[index]
-        self.geometry.to(last.weight.device, last.weight.dtype).train(self.module.training)
-        self.geometry.bias = bias_of(last)
-        return self.site.format.build(self.geometry, factors, **self.site.options)
-
-
-# -- the method -----------------------------------------------------------------------------------------------------
 
 
 def groups_of(names: Sequence[str], size: int | None) -> list[list[str]]:
@@ -146,14 +84,16 @@ def compress(
 ) -> nn.Module:
     """Compress in passes until `ratio` = dense / compressed ("params" or "macs") is met within 2 %.
 
-    `model` (trained) is not changed. rule: "vbmf" with `weakening` w, or "nx", which divides every layer's parameters
-    by `factor` x per pass; a pass in which "vbmf" finds nothing to cut falls back to "nx", and the report's rows say so.
-    least: lower bound of every rank. skip None leaves the first convolution and the classifier dense. group_size: layers
-    decomposed between two fine-tunings (None: all layers of a pass). Each fine-tuning takes at most `finetune_epochs`;
-    final_epochs adds one at the end. Other keyword arguments go to `train.fit`.
+    `model` (trained) is not changed. rule: "vbmf" with `weakening` w, or "nx", which divides every layer's
+    parameters by `factor` x per pass; a pass in which "vbmf" finds nothing to cut falls back to "nx", and the
+    report's rows say so. least: lower bound of every rank. skip None leaves the first convolution and the
+    classifier dense. group_size: layers decomposed between two fine-tunings (None: all layers of a pass).
+    Each fine-tuning takes at most `finetune_epochs`; final_epochs adds one at the end. Other keyword
+    arguments go to `train.fit`.
 
-    `result._tdlib["report"]`: ranks (one row per layer and pass), stages (one row per fine-tuning: epochs, validation
-    accuracy before and after, ratio), epochs (sum), accuracies in percent, achieved ratios, history, seconds.
+    `result._tdlib["report"]`: ranks (one row per layer and pass), stages (one row per fine-tuning: epochs,
+    validation accuracy before and after, ratio), epochs (sum), accuracies in percent, achieved ratios,
+    history, seconds.
 
     Raises: BudgetError before any training where the ratio cannot be reached; UnknownName, TdlibError.
     """
@@ -162,7 +102,8 @@ def compress(
     check_rule(rule, weakening, factor, least)
     if patience < 1 or finetune_epochs < 0 or (group_size is not None and group_size < 1):
         raise TdlibError(
-            f"need patience >= 1, finetune_epochs >= 0 and group_size >= 1, got {patience}, {finetune_epochs}, {group_size}"
+            "need patience >= 1, finetune_epochs >= 0 and group_size >= 1, "
+            f"got {patience}, {finetune_epochs}, {group_size}"
         )
     training = training_options(training, **{"seed": seed, "progress": progress, "schedule": "cosine"})
     started = time.perf_counter()
@@ -188,13 +129,21 @@ def compress(
     if final_epochs:
         run.finetune(number + 1, 0, [], final_epochs, budget)
     table = final_plan(model, data, run.ranks(), format, by)
-    report |= {"ranks": run.rank_rows, "stages": run.stages, "passes": number, "history": {"finetune": run.history}}
+    report |= {
+        "ranks": run.rank_rows,
+        "stages": run.stages,
+        "passes": number,
+        "history": {"finetune": run.history},
+    }
     report |= {"epochs": len(run.history), "after": accuracies(small, data, training.get("device"))}
     report |= {"params_ratio": table.params_ratio, "macs_ratio": table.macs_ratio, "plan": table.to_dict()}
     report["seconds"] = time.perf_counter() - started
     before = getattr(model, "_tdlib", None) or {"spec": None, "layers": {}}
-    done = {name: {"format": format, "ranks": list(ranks), "options": {}} for name, ranks in run.ranks().items()}
-    small._tdlib = {**copy.deepcopy(before), "layers": {**before.get("layers", {}), **done}, "report": report}  # type: ignore[assignment]
+    done = {
+        name: {"format": format, "ranks": list(ranks), "options": {}} for name, ranks in run.ranks().items()
+    }
+    record = {**copy.deepcopy(before), "layers": {**before.get("layers", {}), **done}, "report": report}
+    small._tdlib = record  # type: ignore[assignment]
     return small
 
 
@@ -211,7 +160,8 @@ def one_shot(
     progress: bool = True,
     **training: Any,
 ) -> nn.Module:
-    """The comparison: decompose `model` once at the ranks that the iteration ended with, then fine-tune for all its epochs.
+    """The comparison: decompose `model` once at the ranks that the iteration ended with, then fine-tune for
+    all its epochs.
 
     ranks and epochs: of an iterative result, `final_ranks(small)` and `small._tdlib["report"]["epochs"]`.
     """
@@ -227,7 +177,8 @@ def one_shot(
 
 def final_ranks(small: nn.Module) -> dict[str, Ranks]:
     """Layer -> ranks of a compressed network."""
-    return {name: tuple(row["ranks"]) for name, row in small._tdlib["layers"].items()}  # type: ignore[union-attr, index]
+    layers: Mapping[str, Any] = small._tdlib["layers"]  # type: ignore[index, assignment]
+    return {name: tuple(row["ranks"]) for name, row in layers.items()}
 
 
 def final_plan(model: nn.Module, data: Any, ranks: Mapping[str, Sequence[int]], format: str, by: str) -> Plan:
@@ -236,7 +187,13 @@ def final_plan(model: nn.Module, data: Any, ranks: Mapping[str, Sequence[int]], 
 
 
 def _choose(
-    layers: Mapping[str, Layer], now: Choice, budget: Budget, rule: str, weakening: float, factor: float, least: int
+    layers: Mapping[str, Layer],
+    now: Choice,
+    budget: Budget,
+    rule: str,
+    weakening: float,
+    factor: float,
+    least: int,
 ) -> tuple[Choice, str]:
     """Ranks of the next pass, trimmed to the budget, and the rule that gave them."""
     sites = [layer.site for layer in layers.values()]
@@ -256,9 +213,15 @@ class _Run:
     """The network on its way and the tables of what happened to it."""
 
     def __init__(
-        self, model: nn.Module, data: Any, layers: dict[str, Layer], training: dict[str, Any], patience: int, lr: float,
+        self,
+        model: nn.Module,
+        data: Any,
+        layers: dict[str, Layer],
+        training: dict[str, Any],
+        patience: int,
+        lr: float,
         started: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.data, self.layers, self.training = model, data, layers, training
         self.patience, self.lr, self.started = patience, lr, started
         self.now: Choice = dict.fromkeys(layers)
@@ -273,7 +236,13 @@ class _Run:
     def note_ranks(self, number: int, choice: Choice, rule: str) -> None:
         for name, ranks in choice.items():
             size, cost = self.layers[name].site.bounds, self.layers[name].site.both(ranks)
-            row = {"pass": number, "layer": name, "rule": rule, "ranks": list(ranks or size), "bounds": list(size)}
+            row = {
+                "pass": number,
+                "layer": name,
+                "rule": rule,
+                "ranks": list(ranks or size),
+                "bounds": list(size),
+            }
             self.rank_rows.append({**row, "dense": ranks is None, "params": cost[0], "macs": cost[1]})
 
     def replace(self, name: str, ranks: Ranks | None) -> bool:
@@ -291,7 +260,12 @@ class _Run:
     def finetune(self, number: int, group: int, names: list[str], epochs: int, budget: Budget) -> None:
         """Fine-tune with early stopping; the weights of the best validation epoch stay."""
         began, device = time.perf_counter(), self.training.get("device")
-        row: dict[str, Any] = {"pass": number, "group": group, "layers": names, "val_before": self._validation(device)}
+        row: dict[str, Any] = {
+            "pass": number,
+            "group": group,
+            "layers": names,
+            "val_before": self._validation(device),
+        }
         stopping = EarlyStopping(self.patience)
         options = stage(self.training, f"pass{number}-group{group}", self.started)
         rows: list[dict[str, Any]] = []
@@ -303,8 +277,14 @@ class _Run:
         done = len(self.history)
         self.history += [{**r, "epoch": done + k, "pass": number, "group": group} for k, r in enumerate(rows)]
         sites = [layer.site for layer in self.layers.values()]
-        row |= {"epochs": len(rows), "val_after": self._validation(device), "ratio": budget.ratio_of(spent(sites, self.now))}
+        row |= {
+            "epochs": len(rows),
+            "val_after": self._validation(device),
+            "ratio": budget.ratio_of(spent(sites, self.now)),
+        }
         self.stages.append({**row, "seconds": time.perf_counter() - began})
 
     def _validation(self, device: Any) -> float | None:
-        return evaluate(self.model, self.data, "val", device=device)["accuracy"] if len(self.data.val) else None
+        return (
+            evaluate(self.model, self.data, "val", device=device)["accuracy"] if len(self.data.val) else None
+        )

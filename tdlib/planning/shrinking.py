@@ -2,8 +2,8 @@
 
 Two rules of Gusak et al., ICCV Workshops 2019 (arXiv 1903.09973), for a mode whose extent is R now:
 
-    "vbmf"  r = R - w (R - r_v)   with r_v the rank that EVBMF finds in the unfolding and the weakening w in (0, 1]    (1)
-    "nx"    r_in, r_out = b r_in  with r_in I + r_in r_out K + r_out O = (parameters now) / x                          (2)
+    "vbmf"  r = R - w (R - r_v),  r_v the rank that EVBMF finds in the unfolding, weakening w in (0, 1]    (1)
+    "nx"    r_in, r_out = b r_in  with r_in I + r_in r_out K + r_out O = (parameters now) / x              (2)
 
 A *choice* maps layer names to ranks, None meaning that the layer is dense (see `budget`).
 """
@@ -25,14 +25,16 @@ RULES = ("vbmf", "nx")
 
 
 def weaken(size: int, rank: int, weakening: float, least: int = 1) -> int:
-    """Equation (1); an EVBMF rank of 0 (nothing but noise found) keeps the extent, as do extents up to `least`."""
+    """Equation (1); an EVBMF rank of 0 (nothing but noise found) keeps the extent, as do extents up to
+    `least`.
+    """
     if rank <= 0:
         return size
     return max(min(least, size), int(size - weakening * (size - rank)))
 
 
 def tucker_ranks(shape: Sequence[int], params: float, coupling: float) -> Ranks:
-    """Equation (2): the largest (r_out, r_in) with r_out = coupling * r_in of a Tucker-2 chain with `params`."""
+    """Equation (2): the largest (r_out, r_in) with r_out = coupling * r_in and at most `params`."""
     o, i, k = shape[0], shape[1], math.prod(shape[2:])
     b = i + coupling * o
     r_in = (math.sqrt(b * b + 4 * coupling * k * params) - b) / (2 * coupling * k)
@@ -45,8 +47,8 @@ def coupling_of(shape: Sequence[int], now: Ranks | None) -> float:
 
 
 def sizes_of(site: Candidate, now: Ranks | None) -> Ranks:
-    """Extents that the next ranks start from: the present ranks; for a dense layer the channels (CP: the rank at which
-    the chain has the dense layer's parameters)."""
+    """Extents that the next ranks start from: the present ranks; for a dense layer the channels (CP: the rank
+    at which the chain has the dense layer's parameters)."""
     if now is not None:
         return now
     return site.at(1.0) if _one_rank_conv(site) else site.bounds
@@ -63,7 +65,9 @@ def found_by_evbmf(site: Candidate, core: Tensor) -> Ranks:
 def next_ranks(
     site: Candidate, now: Ranks | None, core: Tensor, rule: str, weakening: float, factor: float, least: int
 ) -> Ranks:
-    """Ranks of one layer one step on by (1) or (2). core: the kernel, or what is decomposed again of its chain."""
+    """Ranks of one layer one step on by (1) or (2). core: the kernel, or what is decomposed again of its
+    chain.
+    """
     sizes = sizes_of(site, now)
     if rule == "vbmf":
         found = found_by_evbmf(site, core)
@@ -82,9 +86,11 @@ def accept(sites: Sequence[Candidate], now: Choice, wanted: Mapping[str, Ranks |
 
 
 def trim(sites: Sequence[Candidate], now: Choice, wanted: Choice, budget: Budget) -> Choice:
-    """`wanted`, or if that falls below the budget, ranks between those of now and the wanted ones that meet it.
+    """`wanted`, or if that falls below the budget, ranks between those of now and the wanted ones that meet
+    it.
 
-    First a common fraction of the way for all layers, then the single step by one rank that comes closest, repeated.
+    First a common fraction of the way for all layers, then the single step by one rank that comes closest,
+    repeated.
     """
     if spent(sites, wanted) >= budget.limit:
         return wanted
@@ -93,7 +99,10 @@ def trim(sites: Sequence[Candidate], now: Choice, wanted: Choice, budget: Budget
         middle = (near + far) / 2
         over = spent(sites, _part_way(sites, now, wanted, middle)) > budget.limit
         near, far = (middle, far) if over else (near, middle)
-    best = min((_part_way(sites, now, wanted, t) for t in (near, far)), key=lambda c: abs(spent(sites, c) - budget.limit))
+    best = min(
+        (_part_way(sites, now, wanted, t) for t in (near, far)),
+        key=lambda c: abs(spent(sites, c) - budget.limit),
+    )
     while True:
         steps = [step for site in sites for step in _single_steps(site, best, now, wanted)]
         closest = min([best, *steps], key=lambda c: abs(spent(sites, c) - budget.limit))
@@ -103,14 +112,16 @@ def trim(sites: Sequence[Candidate], now: Choice, wanted: Choice, budget: Budget
 
 
 def check_reachable(sites: Sequence[Candidate], budget: Budget, least: int) -> None:
-    """Raises BudgetError, naming the best reachable ratio, where ranks of at least `least` cannot meet the budget."""
+    """Raises BudgetError, naming the best reachable ratio, where ranks of at least `least` cannot meet the
+    budget.
+    """
     dense: Choice = dict.fromkeys((s.name for s in sites), None)
     lowest = accept(sites, dense, {s.name: tuple(min(least, b) for b in s.bounds) for s in sites})
     best = budget.ratio_of(spent(sites, lowest))
     if best < budget.ratio * 0.98:
         raise BudgetError(
-            f"a ratio of {budget.ratio:g} in {budget.by} cannot be reached with ranks of at least {least}: the best is "
-            f"{math.floor(1000 * best) / 1000}; ask for less, lower `least`, or skip fewer layers"
+            f"a ratio of {budget.ratio:g} in {budget.by} cannot be reached with ranks of at least {least}: "
+            f"the best is {math.floor(1000 * best) / 1000}; ask for less, lower `least`, or skip fewer layers"
         )
 
 
@@ -120,7 +131,8 @@ def check_rule(rule: str, weakening: float, factor: float, least: int) -> None:
         raise unknown("rank rule", rule, RULES)
     if not 0 < weakening <= 1 or factor <= 1 or least < 1:
         raise TdlibError(
-            f"need 0 < weakening <= 1, factor > 1 and least >= 1, got weakening={weakening}, factor={factor}, least={least}"
+            "need 0 < weakening <= 1, factor > 1 and least >= 1, "
+            f"got weakening={weakening}, factor={factor}, least={least}"
         )
 
 

@@ -6,8 +6,8 @@ A kernel with n entries is flattened, permuted and folded into a tensor of d nea
 
 The permutation pi is a pure function of (n, seed), drawn on the CPU; without shuffling it is the identity.
 
-Source: C. Li, Z. Sun, J. Yu, M. Hou, Q. Zhao, Low-rank embedding of kernels in convolutional neural networks under
-random shuffling, ICASSP 2019 (arXiv 1810.13098).
+Source: C. Li, Z. Sun, J. Yu, M. Hou, Q. Zhao, Low-rank embedding of kernels in convolutional neural networks
+under random shuffling, ICASSP 2019 (arXiv 1810.13098).
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ def checksum(order: Tensor) -> int:
     return zlib.crc32(order.cpu().numpy().astype("<i4").tobytes())
 
 
-def fold_modes(shape: Sequence[int], order: int | None = None, modes: Sequence[int] | str | None = None) -> Shape:
-    """Extents of the folded tensor: ``modes`` as given ("kernel": the kernel's own), else ``order`` near-equal ones.
+def fold_modes(
+    shape: Sequence[int], order: int | None = None, modes: Sequence[int] | str | None = None
+) -> Shape:
+    """Extents of the folded tensor: ``modes`` as given ("kernel": the kernel's own), else ``order``
+    near-equal ones.
 
     Raises RankError where the modes do not multiply to the number of entries.
     """
@@ -72,7 +75,9 @@ def fold_modes(shape: Sequence[int], order: int | None = None, modes: Sequence[i
             raise RankError(f"a folded kernel needs an order of at least 2, got {order}")
         return tuple(sorted(factorise_modes(n, order or ORDER), reverse=True))
     if math.prod(modes) != n or min(modes) < 1:
-        raise RankError(f"modes {tuple(modes)} multiply to {math.prod(modes)}, but the kernel has {n} entries")
+        raise RankError(
+            f"modes {tuple(modes)} multiply to {math.prod(modes)}, but the kernel has {n} entries"
+        )
     return tuple(int(m) for m in modes)
 
 
@@ -101,7 +106,9 @@ def _chain(cores: Sequence[Tensor]) -> Tensor:
 
 
 def compose_ring(cores: Sequence[Tensor]) -> Tensor:
-    """TT and TR cores -> tensor: two half chains, then one product over the bond in the middle and the ring's."""
+    """TT and TR cores -> tensor: two half chains, then one product over the bond in the middle and the
+    ring's.
+    """
     half = len(cores) // 2
     if half == 0:
         return cores[0].diagonal(dim1=0, dim2=2).sum(-1)
@@ -127,13 +134,17 @@ def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
 def compose_tucker(cores: Sequence[Tensor]) -> Tensor:
     """Core (r_1, ..., r_d) and factors (n_k, r_k) -> tensor."""
     out = cores[0]
-    for factor in cores[1:]:  # contracting the first mode moves its extent to the end: d steps restore the order
+    for factor in cores[
+        1:
+    ]:  # contracting the first mode moves its extent to the end: d steps restore the order
         out = (out.flatten(1).T @ factor.T).reshape(*out.shape[1:], factor.shape[0])
     return out
 
 
 def hooi(tensor: Tensor, ranks: Sequence[int], sweeps: int = 2) -> Cores:
-    """Tucker decomposition in all modes, HOSVD and then HOOI sweeps: core, then orthonormal factors (n_k, r_k)."""
+    """Tucker decomposition in all modes, HOSVD and then HOOI sweeps: core, then orthonormal factors (n_k,
+    r_k).
+    """
     d = tensor.dim()
     factors = [leading_left(tensor.movedim(k, 0).flatten(1), ranks[k]) for k in range(d)]
     for k in [*range(d)] * sweeps:
@@ -155,7 +166,7 @@ def _cp(tensor: Tensor, ranks: Sequence[int]) -> Cores:
 
 
 class Fold(NamedTuple):
-    """One format of the folded tensor; every function takes the modes (n_1, ..., n_d) first, then the ranks."""
+    """One format of the folded tensor; `modes` are its extents (n_1, ..., n_d)."""
 
     decompose: Callable[[Tensor, Sequence[int]], Cores]
     compose: Callable[[Sequence[Tensor]], Tensor]  # any shape of n entries, in order
@@ -178,7 +189,10 @@ def _ring_macs(modes: Shape, ring: Shape) -> int:
     total = math.prod(modes) * closed[0] * closed[half]
     for first, last in ((0, half), (half, len(modes))):
         done = list(accumulate(modes[first:last], mul))
-        total += sum(closed[first] * done[k] * closed[first + k] * closed[first + k + 1] for k in range(1, last - first))
+        total += sum(
+            closed[first] * done[k] * closed[first + k] * closed[first + k + 1]
+            for k in range(1, last - first)
+        )
     return total
 
 
@@ -196,7 +210,7 @@ def _tt_at(modes: Shape, fraction: float) -> Shape:
 
 
 def _tr_clip(modes: Shape, ranks: Shape) -> Shape:
-    """r_0 r_1 is the rank of the first unfolding, each later rank is bounded by what is left on either side."""
+    """r_0 r_1 is the rank of the first unfolding; later ranks are bounded by what is left on either side."""
     if len(modes) == 1:
         return (1,)
     first = min(modes[0], math.prod(modes[1:]))
@@ -214,7 +228,7 @@ def _tr_bounds(modes: Shape) -> Shape:
 
 
 def _tr_at(modes: Shape, fraction: float) -> Shape:
-    """Equal ranks, the closing one at most the root of n_1; at fraction 1 about as large as the dense kernel."""
+    """Equal ranks, the closing one at most the root of n_1; at fraction 1 about the dense kernel's size."""
     rank = max(1, round(fraction * math.sqrt(math.prod(modes) / max(1, sum(modes[1:])))))
     return (min(rank, math.isqrt(modes[0])), *[rank] * (len(modes) - 1))
 
@@ -230,11 +244,13 @@ def _tucker_macs(modes: Shape, ranks: Shape) -> int:
 FOLDS: dict[str, Fold] = {
     "tt": Fold(
         lambda t, ranks: list(tt_svd(t, ranks)), compose_ring,
-        lambda modes, ranks: _ring_shapes(modes, (1, *ranks)), lambda modes, ranks: _ring_macs(modes, (1, *ranks)),
+        lambda modes, ranks: _ring_shapes(modes, (1, *ranks)),
+        lambda modes, ranks: _ring_macs(modes, (1, *ranks)),
         lambda modes: tuple(tt_rank_bounds(modes)), _tt_clip, _tt_at,
     ),
     "tr": Fold(
-        lambda t, ranks: list(tr_svd(t, ranks)), compose_ring, _ring_shapes, _ring_macs, _tr_bounds, _tr_clip, _tr_at,
+        lambda t, ranks: list(tr_svd(t, ranks)), compose_ring, _ring_shapes, _ring_macs, _tr_bounds,
+        _tr_clip, _tr_at,
     ),
     "cp": Fold(
         _cp, compose_cp, lambda modes, ranks: [(n, ranks[0]) for n in modes],
