@@ -87,7 +87,7 @@ class _Ring(nn.Module):
         super().__init__()
         self.out_cores = nn.ParameterList(parameter(layer, core) for core in out_cores)
         self.in_cores = nn.ParameterList(parameter(layer, core) for core in in_cores)
-        self.bias = bias_of(layer)
+        self.register_parameter("bias", bias_of(layer))
 
     def _output(self, x: Tensor) -> Tensor:
         y = contract_out(x, list(self.out_cores))

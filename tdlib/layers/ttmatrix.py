@@ -32,7 +32,7 @@ class TTMatrixLinear(nn.Module):
     def __init__(self, layer: nn.Linear, cores: Sequence[Tensor]) -> None:
         super().__init__()
         self.cores = nn.ParameterList(parameter(layer, core) for core in cores)
-        self.bias = bias_of(layer)
+        self.register_parameter("bias", bias_of(layer))
 
     @classmethod
     def replacing(cls, layer: nn.Linear, cores: Sequence[Tensor]) -> TTMatrixLinear:

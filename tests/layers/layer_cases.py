@@ -55,5 +55,5 @@ def make_layer(name: str, **more: object) -> nn.Module:
 def make_input(layer: nn.Module, batch: int = 1) -> torch.Tensor:
     """A fixed random input for the layer."""
     generator = torch.Generator().manual_seed(1)
-    shape = (batch, 3, 6) if isinstance(layer, nn.Linear) else (batch, 6, 7, 8)
+    shape = (batch, 3, 6) if isinstance(layer, nn.Linear) else (batch, 6, 5, 6)
     return torch.randn(shape, generator=generator, dtype=layer.weight.dtype)

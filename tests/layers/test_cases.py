@@ -154,7 +154,7 @@ def test_channels_last_and_autocast(format, options):
 
 
 def test_chains_are_plain_layers():
-    """Formats that are chains use nothing but nn.Sequential of nn.Conv2d or nn.Linear, bias on the last only."""
+    """Formats that are chains use only nn.Sequential of nn.Conv2d or nn.Linear, bias on the last."""
     for format in ("tt", "tucker2", "cp", "cp4", "svd"):
         for name in ("3x3", "1x1", "linear"):
             layer = make_layer(name)

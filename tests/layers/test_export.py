@@ -1,4 +1,4 @@
-"""All formats in one network: torch.export, torch.compile, ONNX and state_dict, each with the same outputs."""
+"""All formats in one network: torch.export, torch.compile, ONNX and state_dict give the same outputs."""
 
 import io
 import warnings
@@ -40,7 +40,7 @@ class Branches(nn.Module):
         flat = x.flatten(2).transpose(1, 2)
         maps = [
             layer(flat).mT if make is LINEAR else layer(x)
-            for layer, (make, _, _) in zip(self.layers, BRANCHES)
+            for layer, (make, _, _) in zip(self.layers, BRANCHES, strict=True)
         ]
         return torch.stack([m.flatten(2).mean(2) for m in maps])
 

@@ -30,7 +30,7 @@ def _sigma(four: bool) -> Callable[..., Factors]:
     def factorise_sigma(weight: Tensor, ranks: Ranks, sigma: Any) -> Factors:
         from tdlib.tensor.sigma import cp_sigma
 
-        return _absorb(cp_sigma(weight, ranks[0], sigma))
+        return _absorb(cp_sigma(weight, ranks[0], sigma, four=four))
 
     return factorise_sigma
 
@@ -72,7 +72,7 @@ def _scheme(four: bool) -> Scheme:
         macs=macs,
         bounds=bounds,
         at=at,
-        factorise_sigma=None if four else _sigma(four),
+        factorise_sigma=_sigma(four),
         rough=lambda weight, ranks: _absorb(fit(weight, ranks[0], sweeps=10)),
         batched=False,
     )

@@ -88,6 +88,14 @@ def _train_unfoldings(weight: Tensor, **modes: Any) -> list[Tensor]:
     return [tensor.reshape(n, -1) for n in rows]
 
 
+def _train_sigma(
+    weight: Tensor, ranks: Ranks, sigma: Any, out_modes: Modes = None, in_modes: Modes = None
+) -> Factors:
+    from tdlib.tensor.sigma import tt_sigma
+
+    return list(tt_sigma(weight, ranks, sigma, out_modes, in_modes))
+
+
 TRAIN = Scheme(
     factorise=lambda w, ranks, out_modes=None, in_modes=None: list(
         tt.tt_svd(_tensor(w, out_modes, in_modes), ranks)
@@ -100,6 +108,7 @@ TRAIN = Scheme(
     at=_train_at,
     clip=_train_clip,
     unfoldings=_train_unfoldings,
+    factorise_sigma=_train_sigma,
 )
 
 # -- ring ---------------------------------------------------------------------------------------------

@@ -1,0 +1,337 @@
+"""Plans: budgets met, predictions exact, and reasons for what stays dense."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import tdlib
+from tdlib.errors import BudgetError, RankError, TdlibError, UnknownName
+from tdlib.layers import skeleton
+from tdlib.planning.rules import RULES, global_ranks
+
+SHAPE = (3, 16, 16)
+
+
+class Tokens(nn.Module):
+    """A map (N, C, H, W) as a sequence of positions (N, H W, C)."""
+
+    def forward(self, x):
+        return x.flatten(2).mT
+
+
+def network(seed=0):
+    """Strides, a 1x1, a linear layer over positions, norms; kernels of low rank plus noise."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=(2, 1), padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, (3, 5), padding="same", dilation=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 1, stride=2),
+        Tokens(),
+        nn.Linear(16, 20),
+        nn.Flatten(),
+        nn.LayerNorm(640),
+        nn.Linear(640, 10),
+    )
+    with torch.no_grad():
+        for module in model:
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                w = module.weight.flatten(1)
+                low = torch.randn(len(w), 3) @ torch.randn(3, w.shape[1])
+                module.weight.add_((0.3 * w.std() * low).reshape(module.weight.shape))
+    return model
+
+
+FORMATS = [
+    ("tt", {}),
+    ("tt", {"order": 2}),
+    ("tucker2", {}),
+    ("cp", {}),
+    ("cp4", {}),
+    ("svd", {}),
+    ("tr", {}),
+    ("tr", {"order": 2}),
+]
+
+
+class PerToken(nn.Module):
+    """A linear layer applied to every token."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(24, 60), nn.Linear(60, 24)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.parametrize("by", ["params", "macs"])
+@pytest.mark.parametrize(("format", "options"), FORMATS)
+def test_prediction_is_exact_and_the_budget_met(format, options, by):
+    model = network()
+    plan = tdlib.plan(model, SHAPE, format=format, ratio=1.7, by=by, **options)
+    assert abs(plan.ratio / 1.7 - 1) <= 0.02
+    dense, cost = tdlib.count(model, SHAPE), tdlib.count(skeleton(model, plan), SHAPE)
+    assert (plan.params, plan.macs) == (cost.params, cost.macs)
+    assert (plan.dense_params, plan.dense_macs) == (dense.params, dense.macs)
+    assert plan.params_ratio == pytest.approx(dense.weights / cost.weights)
+    assert plan.macs_ratio == pytest.approx(dense.macs / cost.macs)
+    assert plan.ratio == (plan.macs_ratio if by == "macs" else plan.params_ratio)
+
+
+def test_linear_layers_over_tokens_and_tt_matrix():
+    model = PerToken()
+    for options in (
+        {},
+        {"order": 3},
+        {"out_modes": {"first": (10, 6), "*": (6, 4)}, "in_modes": {"second": (6, 10)}},
+    ):
+        plan = tdlib.plan(model, (7, 24), format="tt-matrix", ratio=3, **options)
+        cost = tdlib.count(tdlib.decompose(model, plan), (7, 24))
+        assert (plan.params, plan.macs) == (cost.params, cost.macs) and abs(plan.ratio / 3 - 1) <= 0.02
+    assert plan.options["first"]["out_modes"] == (10, 6) and plan.options["second"]["in_modes"] == (6, 10)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("ratio", [1.15, 2.0, 5.0])
+@pytest.mark.parametrize("by", ["params", "macs"])
+def test_every_rule_meets_the_budget(rule, ratio, by):
+    model = network()
+    plan = tdlib.plan(model, SHAPE, format="tucker2", ratio=ratio, by=by, rule=rule)
+    assert abs(plan.ratio / ratio - 1) <= 0.02 and plan.rule == rule
+    small = tdlib.decompose(model, plan)
+    assert small(torch.zeros(1, *SHAPE)).isfinite().all()
+
+
+@pytest.mark.parametrize("rule", ["uniform", "energy", "global"])
+def test_rules_for_formats_without_unfoldings(rule):
+    model = network()
+    for format in ("cp", "tr"):
+        plan = tdlib.plan(model, SHAPE, format=format, ratio=2, rule=rule)
+        assert abs(plan.ratio / 2 - 1) <= 0.02
+    with pytest.raises(TdlibError, match="unfoldings"):
+        tdlib.plan(model, SHAPE, format="cp", rule="evbmf")
+
+
+@pytest.mark.parametrize("ratio", [1.5, 2.0, 3.0])
+def test_coarse_ranks(ratio):
+    """Few channels: the uniform family alone jumps by far more than 2 %."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False))
+    for format in ("tt", "tucker2"):
+        assert abs(tdlib.plan(model, (4, 8, 8), format=format, ratio=ratio).ratio / ratio - 1) <= 0.02
+
+
+def test_unreachable_ratios_name_the_best():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False))
+    ones = sum(i + 9 + o for i, o in ((4, 8), (8, 8)))
+    best = (4 * 8 * 9 + 8 * 8 * 9) / ones
+    for ratio in (best + 0.01, 100):
+        with pytest.raises(BudgetError, match=f"best reachable is {math.floor(best * 1000) / 1000:.3f}"):
+            tdlib.plan(model, (4, 8, 8), ratio=ratio)
+    plan = tdlib.plan(model, (4, 8, 8), ratio=math.floor(best * 1000) / 1000)
+    assert all(ranks == (1, 1) for ranks in plan.values())
+    for ratio in (1.0, 0.5, -2, float("nan"), float("inf")):
+        with pytest.raises(BudgetError, match="larger than 1"):
+            tdlib.plan(model, (4, 8, 8), ratio=ratio)
+    # Ranks 1, 2, ... of a single matrix: nothing within 2 % of this ratio.
+    with pytest.raises(BudgetError, match=r"nearest reachable: 1\.250 and 1\.667"):
+        tdlib.plan(nn.Sequential(nn.Linear(10, 10, bias=False)), (10,), ratio=1.45)
+
+
+def test_what_stays_dense_and_why():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 16, 3, padding=1)
+            self.tiny = nn.Conv2d(16, 16, 1)
+            self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+            self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+            self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+            self.line = nn.Conv1d(8, 8, 3, padding=1)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+            self.unused = nn.Linear(8, 8)
+            self.tied, self.twin = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.twin.weight = self.tied.weight
+            self.one = nn.Linear(8, 1)
+
+        def forward(self, x):
+            x = self.up(self.grouped(self.depthwise(self.tiny(self.conv(x)))))
+            x = self.line(x.flatten(2)).mT
+            x = self.attention(x, x, x)[0]
+            return self.one(self.twin(self.tied(self.normed(x)))).mean(1)
+
+    torch.manual_seed(0)
+    model = Mixed()
+    plan = tdlib.plan(model, (8, 4, 4), ratio=1.2, skip=("tin*",))
+    reasons = {
+        "tiny": "skipped on request",
+        "depthwise": "depthwise",
+        "grouped": "2 groups",
+        "up": "transposed",
+        "line": "neither Conv2d nor Linear",
+        "attention.out_proj": "never called",
+        "normed": "parametrised",
+        "unused": "never called",
+        "tied": "shared with twin",
+        "twin": "shared with tied",
+        "one": "cannot gain",
+    }
+    assert set(plan.skipped) == reasons.keys() and set(plan) == {"conv"}
+    for name, words in reasons.items():
+        assert words in plan.skipped[name], name
+        assert f"dense: {name}: " in str(plan)
+    small = tdlib.decompose(model, plan)
+    assert tdlib.count(small, (8, 4, 4)).params == plan.params
+    plan = tdlib.plan(network(), SHAPE, format="tt-matrix", ratio=1.05)
+    assert "does not apply to a conv" in plan.skipped["0"]
+
+
+def test_explicit_ranks_are_copied_clipped_and_never_changed():
+    model = network()
+    table = {"3": [100, 4], "5": (6, 8), "9": 4}
+    plan = tdlib.plan(model, SHAPE, format="tucker2", ranks=table)
+    assert dict(plan) == {"3": (12, 4), "5": (6, 8), "9": (4,)} and plan.rule == "explicit"
+    assert table == {"3": [100, 4], "5": (6, 8), "9": 4}
+    assert plan.skipped["0"] == "not in the rank table"
+    assert tdlib.count(tdlib.decompose(model, plan), SHAPE).macs == plan.macs
+    # Full ranks are no smaller than dense: dense by default, decomposed on request.
+    full = {"3": (12, 8)}
+    assert "not smaller" in tdlib.plan(model, SHAPE, format="tucker2", ranks=full).skipped["3"]
+    assert dict(tdlib.plan(model, SHAPE, format="tucker2", ranks=full, allow_larger=True)) == {"3": (12, 8)}
+    globbed = tdlib.plan(model, SHAPE, format="tucker2", ranks={"[35]": (5, 5)})
+    assert dict(globbed) == {"3": (5, 5), "5": (5, 5)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"ratio": 2, "format": "tuker"}, UnknownName, "tucker2"),
+        ({"ratio": 2, "rule": "unifrom"}, UnknownName, "uniform"),
+        ({"ratio": 2, "by": "flops"}, UnknownName, "macs"),
+        ({"ratio": 2, "skip": ("conv1",)}, UnknownName, "conv1"),
+        ({"ratio": 2, "modes": 3}, UnknownName, "order"),
+        ({"ratio": 2, "format": "tucker2", "order": 3}, UnknownName, "order"),
+        ({}, TdlibError, "ratio="),
+        ({"rule": "global"}, TdlibError, "ratio="),
+        ({"ratio": 2, "ranks": {"3": (1, 1)}}, TdlibError, "not both"),
+        ({"ranks": {"3": (0, 1)}}, RankError, "'3'.*at least 1"),
+        ({"ranks": {"3": (1,)}}, RankError, "needs 2"),
+        ({"ranks": {"3": (1.5, 1)}}, RankError, "whole"),
+        ({"ranks": {"conv": (1, 1)}}, UnknownName, "conv"),
+        ({"ratio": 2, "out_modes": (5, 5)}, RankError, "multiply to 25"),
+        ({"rule": "energy", "energy": 1.5}, TdlibError, "share"),
+    ],
+)
+def test_bad_requests(arguments, error, words):
+    with pytest.raises(error, match=words):
+        tdlib.plan(network(), SHAPE, **arguments)
+
+
+def test_a_model_without_layers():
+    with pytest.raises(TdlibError, match="nothing to compress"):
+        tdlib.plan(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), SHAPE, ratio=2)
+    with pytest.raises(TdlibError, match="depthwise"):
+        tdlib.plan(nn.Sequential(nn.Conv2d(3, 3, 3, groups=3)), SHAPE, ratio=2)
+
+
+def test_rules_without_a_ratio():
+    model = network()
+    loose = tdlib.plan(model, SHAPE, format="tucker2", rule="energy", energy=0.9)
+    tight = tdlib.plan(model, SHAPE, format="tucker2", rule="energy", energy=0.5)
+    assert loose.params_ratio < tight.params_ratio
+    low = nn.Sequential(nn.Linear(60, 80, bias=False))
+    with torch.no_grad():
+        low[0].weight.copy_(torch.randn(80, 4) @ torch.randn(4, 60) + 0.05 * torch.randn(80, 60))
+    assert dict(tdlib.plan(low, (60,), format="svd", rule="evbmf")) == {"0": (4,)}
+    assert dict(tdlib.plan(low, (60,), format="svd", rule="energy", energy=0.99)) == {"0": (4,)}
+    with torch.no_grad():
+        low[0].weight.copy_(torch.randn(80, 60))
+    assert "rank 0" in tdlib.plan(low, (60,), format="svd", rule="evbmf").skipped["0"]
+
+
+def test_global_spends_where_it_buys_most():
+    """Two layers of equal cost, one of rank 3 and one of full rank: the budget goes to the second."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(40, 3) @ torch.randn(3, 40))
+        model[1].weight.copy_(torch.linalg.qr(torch.randn(40, 40))[0])
+    plan = tdlib.plan(model, (40,), format="svd", ratio=2, rule="global")
+    assert plan["0"] == (3,) and plan["1"][0] > 15
+    uniform = tdlib.plan(model, (40,), format="svd", ratio=2)
+
+    def errors(p):
+        small = tdlib.decompose(model, p)
+        return sum(
+            float((tdlib.to_dense(a) - b.weight).detach().norm() / b.weight.detach().norm())
+            for a, b in zip(small, model, strict=True)
+        )
+
+    assert errors(plan) < errors(uniform)
+
+
+def test_global_with_statistics_looks_at_the_inputs():
+    """The same orthogonal kernel twice, but the second layer's inputs live in 5 of 40 dimensions."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(40, 40))[0]
+    model = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(q)
+    narrow = torch.zeros(40, 40, dtype=torch.float64)
+    narrow[:5, :5] = torch.eye(5)
+    stats = {"0": torch.eye(40, dtype=torch.float64), "1": narrow}
+    plan = tdlib.plan(model, (40,), format="svd", ratio=2, rule="global", statistics=stats)
+    assert plan["1"][0] <= 6 < plan["0"][0]
+    with pytest.raises(TdlibError, match="lack"):
+        tdlib.plan(model, (40,), format="svd", ratio=2, rule="global", statistics={"0": narrow})
+
+
+def test_global_with_curves_of_ones_own():
+    curves = {
+        "a": [((1,), 10, 0.9), ((2,), 20, 0.2), ((3,), 30, 0.19)],
+        "b": [((1,), 10, 0.5), ((2,), 20, 0.4), ((3,), 30, 0.1)],
+    }
+    dense = {"a": 40, "b": 40}
+    assert global_ranks(curves, dense, 20) == {"a": (1,), "b": (1,)}
+    assert global_ranks(curves, dense, 30) == {"a": (2,), "b": (1,)}
+    assert global_ranks(curves, dense, 50) == {"a": (2,), "b": (3,)}
+    assert global_ranks(curves, dense, 80) == {"a": None, "b": None}
+    seen = []
+
+    def provider(candidate):
+        seen.append(candidate.name)
+        return [((r,), candidate.cost((r,)), 1 / r) for r in range(1, 20)]
+
+    plan = tdlib.plan(PerToken(), (7, 24), format="svd", ratio=2, rule="global", curves=provider)
+    assert seen == ["first", "second"] and abs(plan.ratio / 2 - 1) <= 0.02
+
+
+def test_plan_is_a_mapping_and_survives_json():
+    model = network()
+    plan = tdlib.plan(model, SHAPE, ratio=2, order=2, skip="0")
+    again = tdlib.Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert dict(again) == dict(plan) and again.options == plan.options and again.skipped == plan.skipped
+    assert again.ratio == plan.ratio and again.macs == plan.macs and str(again) == str(plan)
+    assert "norm layers' parameters left out" in str(plan)
+    assert list(plan.to_frame().layer) == list(plan) and plan.layers_ratio > plan.ratio
+    with pytest.raises(TdlibError, match="not a plan"):
+        tdlib.Plan.from_dict({"layers": {}})
+
+
+def test_papers_uniform_fractions_for_resnet32():
+    """Fractions near .55 give 2.3 times fewer parameters in ResNet-32 with first and last layer dense."""
+    model = tdlib.models.build("resnet32", 10)
+    plan = tdlib.plan(model, (3, 32, 32), ratio=2.33, skip=("conv1", "linear"))
+    assert abs(plan.ratio - 2.33) < 0.0466 and abs(plan.macs_ratio - 2.26) < 0.1
+    assert plan["layer2.1.conv1"][0] in (17, 18) and plan["layer3.1.conv2"][0] in (34, 35, 36)
