@@ -11,7 +11,7 @@ from torch import nn
 
 import tdlib
 from tdlib.errors import CheckpointError, RankError, TdlibError, UnknownName
-from tdlib.layers.formats import project
+from tdlib.layers.formats import get_format, project
 from tdlib.methods.admm import ADMM, pull, rho_for, train_admm
 from tdlib.methods.direct import decompose_and_finetune, make_plan
 from tdlib.methods.projection import group_layers, project_groups, truncation_error
@@ -57,7 +57,7 @@ def started(model: nn.Module, plan: tdlib.Plan, **settings: object) -> ADMM:
     return hook
 
 
-FORMATS = [("tt", (3, 3)), ("tucker2", (3, 3)), ("tr", (1, 2, 4, 4, 2))]
+FORMATS = [(name, get_format(name).at((8, 8, 3, 3), 0.4)) for name in ("tt", "tucker2", "tr")]
 
 
 @pytest.mark.parametrize(("format", "ranks"), FORMATS)
@@ -72,7 +72,7 @@ def test_batched_projection_is_the_formats_own(format: str, ranks: tuple[int, ..
         assert not z.requires_grad
 
 
-@pytest.mark.parametrize(("format", "ranks"), FORMATS)
+@pytest.mark.parametrize(("format", "ranks"), FORMATS[:2])  # TR-SVD is no exact projection
 def test_a_projected_kernel_stays_where_it_is_and_decomposes_without_loss(
     format: str, ranks: tuple[int, ...]
 ) -> None:
