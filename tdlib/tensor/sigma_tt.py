@@ -29,7 +29,7 @@ def tt_sigma(
     out_modes: Sequence[int] | None = None,
     in_modes: Sequence[int] | None = None,
     sweeps: int = 8,
-    tol: float = 1e-4,
+    tol: float = 1e-3,
     ridge: float = RIDGE,
     trace: list[float] | None = None,
 ) -> TTTensor:

@@ -110,7 +110,7 @@ def tucker2_sigma(
     ranks: Sequence[int],
     S: Tensor,
     sweeps: int = 8,
-    tol: float = 1e-4,
+    tol: float = 1e-3,
     ridge: float = RIDGE,
     start: Tensor | None = None,
     trace: list[float] | None = None,
