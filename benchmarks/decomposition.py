@@ -21,7 +21,7 @@ from .timing import Row, Run, measure
 
 TOPIC = "decomposition"
 DEFAULT, BEST = "TensorLy, defaults", "TensorLy, best settings"
-LARGE = 512  # channels from which TensorLy's default CP takes minutes: it gets 20 sweeps, and the target of 60x applies
+LARGE = 512  # from here TensorLy's default CP takes minutes: it gets 20 sweeps, and the target of 60x applies
 TARGETS = {  # (peer, format): least ratio. Tucker-2's are for whole networks
     (DEFAULT, "network"): 7.0,
     (BEST, "network"): 3.0,
@@ -73,7 +73,7 @@ def peer_cp(T: Tensor, rank: int, sweeps: int | None, best: bool) -> Callable[[]
 
 
 def kernel_rows(sizes: Sequence[int], seconds: float) -> Iterator[Row]:
-    """One square 3x3 kernel per size, ranks a quarter of the channels. CP of tdlib stops at the peer's error."""
+    """One square 3x3 kernel per size, ranks C / 4. tdlib's CP stops at the peer's error."""
     for size in sizes:
         W = decaying_kernel(size, size, seed=size)
         r = size // 4
@@ -116,7 +116,7 @@ def _kernel_row(format: str, size: int, rank: int, best: bool) -> Row:
 
 
 def sweeps_to(T: Tensor, rank: int, error: float) -> int:
-    """Sweeps after which ``cp_als`` is at most at ``error`` (its default number where it does not get there)."""
+    """Sweeps after which ``cp_als`` is at most at ``error`` (its default number if never)."""
     trace: list[float] = []
     cp.cp_als(T, rank, ridge=cp.RIDGE, trace=trace)
     return next((n for n, reached in enumerate(trace, 1) if reached <= error), cp.SWEEPS)
