@@ -135,8 +135,9 @@ def execute(source: str | Path, output: str | Path, parameters: Mapping[str, Any
     kept = failed / source.name
     # tqdm asks for widgets, which a static page cannot show; the kernel inherits this setting.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
-    local = Config({"KernelManager": {"transport": "ipc"}})  # no ports that two chapters could both take
-    with tempfile.TemporaryDirectory(prefix="tdlib-chapter-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tdlib-") as folder:
+        # Sockets in a folder of its own: ports could be taken by the kernel of another chapter.
+        local = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         partial = Path(folder) / source.name
         try:
             papermill.execute_notebook(str(source), str(partial), parameters=given, cwd=str(ROOT),

@@ -9,6 +9,7 @@ rebuilds only what changed. To add a generated piece, add a row to ``GENERATED``
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,45 @@ def chapter_map() -> str:
         for name, row in rows.items() if (SRC / "notebooks" / f"{name}.ipynb").is_file())
 
 
+def benchmarks() -> str:
+    """The measurements of ``benchmarks/results.json``: a table per topic, and where they were taken."""
+    path = ROOT / "benchmarks" / "results.json"
+    if not path.is_file():
+        return "*No measurements are committed yet: run `make bench`.*"
+    found, parts = json.loads(path.read_text(encoding="utf-8")), []
+    for topic, machine in found["machines"].items():
+        rows = [_benchmark_row(row) for row in found["rows"] if row["topic"] == topic]
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        where = f"{machine['cpu']}, {machine['threads']} thread(s), timed by {machine['clock']}, load average " \
+            f"{machine['load_1min']}; Python {machine['python']}, {versions}"
+        parts.append(f"### {topic.capitalize()}\n\n{markdown_table(_without_empty(rows))}\n\n*{where}.*")
+    judged = [row for row in found["rows"] if row["met"] is not None]
+    met = sum(row["met"] for row in judged)
+    return "\n\n".join([f"**{met} of {len(judged)} targets are met.**", *parts])
+
+
+def _benchmark_row(row: dict[str, Any]) -> dict[str, Any]:
+    shown: dict[str, Any] = {"what": row["name"], "against": row["b"]}
+    if row["ratio"] is None:
+        return shown | {"note": row["note"]}
+    low, high = row["quartiles"]
+    target = None if row["target"] is None else f"{'≤' if row['at_most'] else '≥'} {row['target']:.3g}"
+    verdict = {None: None, True: "met", False: "missed"}[row["met"]]
+    errors = None if row["error_a"] is None else f"{row['error_a']:.4f} / {row['error_b']:.4f}"
+    return shown | {
+        "ratio": f"{row['ratio']:.3g}", "quartiles": f"{low:.3g} to {high:.3g}", "target": target,
+        "": verdict, "ms, tdlib / other": f"{row['a_ms']:.3g} / {row['b_ms']:.3g}",
+        "error, tdlib / other": errors, "note": row["note"],
+    }
+
+
 #: Generated pieces: path in the staged ``book`` folder -> function that gives its markdown.
 GENERATED: dict[str, Callable[[], str]] = {
     "_generated/status.md": status,
     "_generated/map.md": chapter_map,
     "_generated/records.md": records,
     "_generated/queue.md": queue,
+    "_generated/benchmarks.md": benchmarks,
     "api.md": reference.page,
 }
 
@@ -135,11 +169,11 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def _toc() -> str:
-    """The table of contents without chapters that this build does not contain."""
+    """The table of contents without pages that are not staged."""
     toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
     for part in toc["parts"]:
-        part["chapters"] = [row for row in part["chapters"] if not row["file"].startswith("notebooks/")
-                            or (SRC / f"{row['file']}.ipynb").is_file()]
+        part["chapters"] = [row for row in part["chapters"] if any(
+            (SRC / f"{row['file']}{suffix}").is_file() for suffix in (".md", ".ipynb"))]
     toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
     return yaml.safe_dump(toc, sort_keys=False)
 
@@ -173,13 +207,13 @@ def stage() -> Path:
     book = ROOT / "book"
     _notebooks()
     _put(SRC / "_config.yml", (ROOT / "_config.yml").read_bytes())
-    _put(SRC / "_toc.yml", _toc().encode())
     wanted = [path for folder in ("images", "static") for path in (book / folder).rglob("*")
               if path.is_file() and path.suffix != ".py"]
     for path in [*book.glob("*.md"), *book.glob("*.bib"), *wanted]:
         _put(SRC / "book" / path.relative_to(book), path.read_bytes())
     for name, make in GENERATED.items():
         _put(SRC / "book" / name, (make() + "\n").encode())
+    _put(SRC / "_toc.yml", _toc().encode())
     _mathjax(SRC / "static" / "mathjax")  # not _static: Jupyter Book loads every script there on every page
     return SRC
 

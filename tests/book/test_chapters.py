@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -118,3 +120,14 @@ def test_only_the_first_process_of_a_launch_writes(tmp_path, monkeypatch):
     chapters.execute(source, tmp_path / "out.ipynb", {}, failed=tmp_path / "failed")
     assert not (tmp_path / "out.ipynb").exists()
     assert os.environ["RANK"] == "1"
+
+
+def test_kernels_side_by_side_do_not_meet(tmp_path):
+    source = write(tmp_path / "a.ipynb", "n = 0", "import time\ntime.sleep(2)\nprint(n)")
+    command = [sys.executable, "-m", "tdlib.chapters", "run", str(source), "--failed", str(tmp_path)]
+    each = [["--output", str(tmp_path / f"{n}.ipynb"), "-p", f"n={n}"] for n in (1, 2)]
+    running = [subprocess.Popen([*command, *own], cwd=chapters.ROOT) for own in each]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    for n in (1, 2):
+        nb = nbformat.read(str(tmp_path / f"{n}.ipynb"), as_version=4)
+        assert nb.cells[-1].outputs[0].text == f"{n}\n"
