@@ -32,12 +32,16 @@ __all__ = [
 ]
 
 
+TEMPERATURE = 4.0  # of the predictions from which `output_weights` draws labels
+
+
 def statistics(
     model: nn.Module,
     batches: Iterable[Any],
     layers: Iterable[str] | None = None,
     *,
     positions: int | None = None,
+    output_weights: bool = False,
     seed: int = 0,
     shrinkage: float | None = None,
 ) -> Statistics:
@@ -45,14 +49,17 @@ def statistics(
 
     layers: names or globs; all Conv2d with groups 1 and all Linear if None. positions: use at most this many
     random output positions of every image (drawn from `seed`) instead of all; the relative error of Sigma
-    falls as 1/sqrt(images * positions). shrinkage: weight s in (1-s) Sigma + s mean(diag) I; if None, 0,
-    except for layers that saw fewer patches than Sigma has rows, which warn and get 0.1 * n / (n + patches).
+    falls as 1/sqrt(images * positions). output_weights: also take the Fisher information at the layers'
+    outputs (`Statistics.weights`). shrinkage: weight s in (1-s) Sigma + s mean(diag) I; if None, 0, except
+    for layers that saw fewer patches than Sigma has rows, which warn and get 0.1 * n / (n + patches).
 
     Runs in eval mode without gradients and restores every module's mode.
     Raises: DataError for no batch or no layer, NonFiniteError naming the layer whose input is not finite.
     """
     chosen = measurable(model, layers)
     generator = torch.Generator().manual_seed(seed)
+    if output_weights:
+        batches = list(batches)  # gone through twice
     moments = {n: accumulator(m, n, positions, generator) for n, m in chosen.items()}
     run(model, batches, {n: moments[n].update for n in chosen})
     sigmas, means, counts = {}, {}, {}
@@ -66,7 +73,12 @@ def statistics(
         sigmas[name] = shrink(
             sigma, shrinkage_for(name, len(sigma), moment.count) if shrinkage is None else shrinkage
         )
-    return Statistics(sigmas, means, counts)
+    if not output_weights:
+        return Statistics(sigmas, means, counts)
+    from tdlib.sensitivity import damped, fisher  # which needs the functions below
+
+    found = fisher(model, batches, list(chosen), temperature=TEMPERATURE, seed=seed)
+    return Statistics(sigmas, means, counts, {n: damped(h) for n, h in found.items()})
 
 
 def measurable(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:

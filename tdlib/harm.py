@@ -25,12 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.calibration import inputs_of
-from tdlib.errors import TdlibError
-from tdlib.layers.formats import Format, kind_of
+from tdlib.layers.weighted import factorise_weighted
 from tdlib.planning.candidates import Candidate
-from tdlib.planning.curves import Point, weight_curve, whitened
+from tdlib.planning.curves import Point, harm_curve
 from tdlib.sensitivity import divergence, logits
-from tdlib.tensor.sigma_norm import pinv_root
 
 FLOOR = 1e-8
 
@@ -60,7 +58,7 @@ class HarmCurves:
     def __call__(self, candidate: Candidate) -> list[Point]:
         key = (candidate.name, candidate.format.name, candidate.by, tuple(sorted(candidate.options.items())))
         if key not in self._known:
-            path = predicted(candidate, self.statistics, self.weights)
+            path = harm_curve(candidate, self.statistics, self.weights)
             if self.batches and candidate.format.factorise_sigma is not None:
                 path = self.corrected(candidate, path)
             self._known[key] = path
@@ -99,7 +97,7 @@ class HarmCurves:
         kept = weight.detach().clone()
         H = None if self.weights is None else self.weights[candidate.name]
         sigma = self.statistics[candidate.name]
-        factors = factorise(candidate.format, kept, ranks, sigma, H, candidate.options)
+        factors = factorise_weighted(candidate.format, kept, ranks, sigma, H, candidate.options)
         try:
             with torch.no_grad():
                 weight.copy_(candidate.format.compose(factors, candidate.shape, **candidate.options))
@@ -107,24 +105,6 @@ class HarmCurves:
         finally:
             with torch.no_grad():
                 weight.copy_(kept)
-
-
-def predicted(
-    candidate: Candidate, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
-) -> list[Point]:
-    """(ranks, cost, 1/2 tr(H D Sigma D^T)) along the path of best gain per cost; without weights the squared
-    output error.
-    """
-    kernel = whitened(candidate, statistics)
-    scale = 1.0
-    if weights is not None:
-        half, _ = pinv_root(weights[candidate.name].to(kernel))
-        kernel = (half @ kernel.flatten(1)).reshape(kernel.shape)
-        scale = 0.5
-    total = scale * float(kernel.square().sum())
-    return [
-        (ranks, cost, max(FLOOR, error) * total) for ranks, cost, error in weight_curve(candidate, kernel)
-    ]
 
 
 def between(known: list[tuple[float, float]], x: float) -> float:
@@ -135,44 +115,3 @@ def between(known: list[tuple[float, float]], x: float) -> float:
         if x <= x1:
             return y0 + (y1 - y0) * (x - x0) / max(x1 - x0, 1e-12)
     return known[-1][1]
-
-
-def factorise(
-    row: Format,
-    weight: Tensor,
-    ranks: tuple[int, ...],
-    sigma: Tensor,
-    H: Tensor | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> list[Tensor]:
-    """Factors of `weight` that minimise tr(H (W-What) Sigma (W-What)^T); the plain output error if H is None.
-
-    H is used where one factor carries the whole output mode: it is undone on that factor, and a Tucker factor
-    is made orthonormal again. Trains over factorised output channels have none; for them H is left out.
-    """
-    options = dict(options or {})
-    weight, sigma = weight.detach(), sigma.to(weight.device)
-    if row.factorise_sigma is None:
-        raise TdlibError(f"format {row.name!r} has no data-aware factorisation")
-    place = None if options else output_factor(row, weight)
-    if H is None or place is None:
-        return row.factorise_sigma(weight, ranks, sigma, **options)
-    half, inverse = pinv_root(H.to(weight.device))
-    scaled = (half @ weight.double().flatten(1)).reshape(weight.shape)
-    factors = row.factorise_sigma(scaled, ranks, sigma)
-    output = factors[place]
-    if output.ndim == 3:  # a train's first core (1, O, r)
-        factors[place] = (inverse @ output[0])[None]
-    else:
-        factors[place] = inverse @ output
-    if row.name == "tucker2" and place == 1:
-        Q, R = torch.linalg.qr(factors[1])
-        factors[0], factors[1] = torch.einsum("ab,b...->a...", R, factors[0]), Q
-    return [f.to(weight.dtype) for f in factors]
-
-
-def output_factor(row: Format, weight: Tensor) -> int | None:
-    """Index of the factor that carries the output mode of this kernel, None if there is not one alone."""
-    conv = kind_of(weight.shape) == "conv"
-    table = {"tucker2": 1 if conv else 0, "tt": 0, "cp": 0, "cp4": 0, "svd": None if conv else 0}
-    return table.get(row.name)

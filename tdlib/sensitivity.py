@@ -2,7 +2,7 @@
 
 - `paired`: statistics of one layer in the dense and in the partly compressed network, for sequential
   compression.
-- `output_weights`: H = E[g g^T] per layer, g the gradient at its output of the loss with labels drawn from
+- `fisher`: H = E[g g^T] per layer, g the gradient at its output of the loss with labels drawn from
   the network's own predictions (the Fisher information). Together with Sigma it gives tr(H (W-What) Sigma
   (W-What)^T), a second-order estimate of the KL divergence that the change of one layer causes. No labels are
   needed.
@@ -99,7 +99,7 @@ def call_order(model: nn.Module, names: Iterable[str], x: Tensor) -> list[str]:
     return order
 
 
-def output_weights(
+def fisher(
     model: nn.Module, batches: Iterable[Any], names: Sequence[str], *, temperature: float = 1.0, seed: int = 0
 ) -> dict[str, Tensor]:
     """Layer -> H (O, O) float64: sum over positions, mean over inputs, of g g^T at the layer's output.

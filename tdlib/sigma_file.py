@@ -15,13 +15,21 @@ from tdlib.errors import CheckpointError, DataError
 
 
 class Statistics(Mapping[str, Tensor]):
-    """Layer name -> Sigma (n, n) float64 on the CPU, with `.means[name]` (n,) and `.counts[name]` (patches
-    seen).
+    """Layer name -> Sigma (n, n) float64 on the CPU.
+
+    `.means[name]` (n,), `.counts[name]` (patches seen) and, where asked for, `.weights[name]` (O, O): the
+    damped Fisher information at the layer's output. With it `plan(rule="global")` counts harm to the
+    network's output, and `decompose` minimises it.
     """
 
     def __init__(
-        self, sigmas: Mapping[str, Tensor], means: Mapping[str, Tensor], counts: Mapping[str, int]
+        self,
+        sigmas: Mapping[str, Tensor],
+        means: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.weights = dict(weights or {})
         self._sigmas, self.means, self.counts = dict(sigmas), dict(means), dict(counts)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -51,6 +59,7 @@ class Statistics(Mapping[str, Tensor]):
         path = Path(path)
         tensors = {f"sigma.{n}": s.to(dtype).contiguous() for n, s in self._sigmas.items()}
         tensors |= {f"mean.{n}": m.contiguous() for n, m in self.means.items()}
+        tensors |= {f"weight.{n}": h.contiguous() for n, h in self.weights.items()}
         partial = path.with_name(path.name + ".partial")
         try:
             save_file(tensors, partial, metadata={"tdlib": "statistics", "counts": json.dumps(self.counts)})
@@ -73,4 +82,5 @@ def load_statistics(path: str | Path) -> Statistics:
         raise CheckpointError(f"{path} was not written by Statistics.save")
     sigmas = {k.removeprefix("sigma."): v.double() for k, v in tensors.items() if k.startswith("sigma.")}
     means = {k.removeprefix("mean."): v for k, v in tensors.items() if k.startswith("mean.")}
-    return Statistics(sigmas, means, json.loads(metadata["counts"]))
+    weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
+    return Statistics(sigmas, means, json.loads(metadata["counts"]), weights)

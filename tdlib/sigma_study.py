@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdlib.calibration import Statistics, recalibrate_batchnorm, statistics
+from tdlib.calibration import TEMPERATURE, Statistics, recalibrate_batchnorm, statistics
 from tdlib.data import Bundle
 from tdlib.errors import unknown
-from tdlib.harm import HarmCurves, factorise
+from tdlib.harm import HarmCurves
 from tdlib.layers.formats import get_format
 from tdlib.layers.replace import decompose
+from tdlib.layers.weighted import factorise_weighted
 from tdlib.methods.direct import end_layers
 from tdlib.methods.distribution_aware import at_once, calibration_batches, in_sequence, layer_errors, limited
 from tdlib.planning import Plan, count, plan
 from tdlib.planning.candidates import candidates
-from tdlib.sensitivity import damped, divergence, logits, output_weights
+from tdlib.sensitivity import damped, divergence, fisher, logits
 from tdlib.tensor.sigma_norm import sigma_error
 
 VARIANTS = ("frobenius", "sigma", "global", "sequential", "bias", "batchnorm")
@@ -98,7 +99,7 @@ class Study:
     def weights(self) -> dict[str, Tensor]:
         """Damped Fisher information at the layers' outputs."""
         if self._weights is None:
-            found = output_weights(self.model, self.batches, self.names("tucker2"), temperature=4.0)
+            found = fisher(self.model, self.batches, self.names("tucker2"), temperature=TEMPERATURE)
             self._weights = {n: damped(h) for n, h in found.items()}
         return self._weights
 
@@ -204,7 +205,7 @@ class Study:
                     factors = (
                         row.factorise(W, ranks)
                         if method == "frobenius"
-                        else factorise(row, W, ranks, stats[name])
+                        else factorise_weighted(row, W, ranks, stats[name])
                     )
                     What = row.compose(factors, tuple(W.shape)).reshape(W.shape)
                     trial = copy.deepcopy(self.model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdlib.errors import DataError, NonFiniteError, TdlibError, unknown
 from tdlib.layers.formats import Format, get_format
+from tdlib.layers.weighted import factorise_weighted
 
 Row = Mapping[str, Any]
 
@@ -48,7 +49,8 @@ def decompose(
         elif row.factorise_sigma is None:
             raise TdlibError(f"format {row.name!r} has no data-aware factorisation; leave `statistics` out")
         else:
-            factors = row.factorise_sigma(weight, ranks, statistics[name].to(weight.device), **options)
+            H = getattr(statistics, "weights", {}).get(name)
+            factors = factorise_weighted(row, weight, ranks, statistics[name], H, options)
         return row.build(layer, factors, **options)
 
     with torch.no_grad():

@@ -21,12 +21,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration import (
+    TEMPERATURE,
     Statistics,
     correct_bias,
     inputs_of,
@@ -38,13 +39,14 @@ from ..calibration import (
 )
 from ..calibration import statistics as take_statistics
 from ..errors import DataError, TdlibError
-from ..harm import HarmCurves, factorise
+from ..harm import HarmCurves
 from ..layers.dense import to_dense
 from ..layers.formats import get_format
 from ..layers.replace import decompose
+from ..layers.weighted import factorise_weighted
 from ..planning import Plan, count, plan
 from ..planning.candidates import candidates
-from ..sensitivity import call_order, damped, divergence, logits, output_weights, paired
+from ..sensitivity import call_order, damped, divergence, fisher, logits, paired
 from ..tensor.sigma_norm import corrected_target, sigma_error
 from .direct import accuracies, end_layers
 
@@ -138,8 +140,10 @@ def compress(
     )
     seconds = {"statistics": time.perf_counter() - started}
     weights = None
-    if weigh_outputs and names:
-        found = output_weights(model, batches, names, temperature=4.0, seed=seed)
+    if weigh_outputs and stats.weights:
+        weights = stats.weights
+    elif weigh_outputs and names:
+        found = fisher(model, batches, names, temperature=TEMPERATURE, seed=seed)
         weights = {n: damped(h) for n, h in found.items()}
     curves = None
     if rule == "global" and ranks is None:
@@ -256,9 +260,9 @@ def replace(
 ) -> None:
     """Put the factorisation of `weight` in the place of layer `name` of `small`."""
     row, options = get_format(table.formats[name]), table.options[name]
-    factors = factorise(row, weight, table[name], sigma, H, options)
+    factors = factorise_weighted(row, weight, table[name], sigma, H, options)
     entry = {"format": row.name, "ranks": list(table[name]), "options": options}
-    install(small, name, row.build(layer, factors, **options), entry)
+    install(small, name, row.build(cast(nn.Conv2d, layer), factors, **options), entry)
 
 
 def install(model: nn.Module, name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:

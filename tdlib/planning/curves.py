@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -104,6 +105,26 @@ def whitened(candidate: Candidate, statistics: Mapping[str, Tensor] | None) -> T
     return torch.einsum("oik,ij,kl->ojl", flat, *roots).reshape(weight.shape)
 
 
+def harm_curve(
+    candidate: Candidate, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
+) -> list[Point]:
+    """(ranks, cost, 1/2 tr(H D Σ D^T)) along the path of best gain per cost, with D the kernel's error.
+
+    weights: layer → H (O, O), the Fisher information at its output; the result is then the KL divergence at
+    the network's output to second order. Without weights the squared error of the layer's output.
+    """
+    from tdlib.tensor.sigma_norm import pinv_root
+
+    kernel = whitened(candidate, statistics)
+    scale = 1.0
+    if weights is not None:
+        half, _ = pinv_root(weights[candidate.name].to(kernel))
+        kernel = (half @ kernel.flatten(1)).reshape(kernel.shape)
+        scale = 0.5
+    total = scale * float(kernel.square().sum())
+    return [(ranks, cost, max(1e-8, error) * total) for ranks, cost, error in weight_curve(candidate, kernel)]
+
+
 def finite_weight(candidate: Candidate) -> Tensor:
     """The layer's kernel in float64. Raises NonFiniteError naming the layer."""
     weight = candidate.weight.double()
@@ -121,7 +142,8 @@ def kept_energy(candidate: Candidate) -> Callable[[float], Ranks]:
         return lambda share: (
             next((p[0] for p in curve if p[2] <= 1 - share), candidate.bounds) or candidate.bounds
         )
-    return lambda share: tuple(max(1, sum(t > 1 - share for t in tail)) for tail in tails)
+    rising = [[-t for t in tail] for tail in tails]
+    return lambda share: tuple(max(1, bisect_left(tail, share - 1)) for tail in rising)
 
 
 def _tails(candidate: Candidate, weight: Tensor) -> list[list[float]] | None:

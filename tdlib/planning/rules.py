@@ -19,7 +19,16 @@ from torch import Tensor
 from tdlib.errors import TdlibError
 from tdlib.planning.budget import Budget, Choice, adjust, fit, smallest, spent
 from tdlib.planning.candidates import Candidate, Ranks
-from tdlib.planning.curves import Curve, Point, harm, kept_energy, unfoldings, weight_curve, whitened
+from tdlib.planning.curves import (
+    Curve,
+    Point,
+    harm,
+    harm_curve,
+    kept_energy,
+    unfoldings,
+    weight_curve,
+    whitened,
+)
 
 Provider = Callable[[Candidate], Curve]
 
@@ -107,6 +116,9 @@ def global_(candidates: Sequence[Candidate], request: Request) -> Choice:
     """The budget goes where a unit of cost buys most error reduction, across all layers."""
     budget = request.need_budget("global")
     given = request.curves
+    weights = getattr(request.statistics, "weights", None)
+    if given is None and request.statistics is not None and weights:
+        given = {c.name: harm_curve(c, request.statistics, weights) for c in candidates}
     if given is None:
         given = {c.name: harm(weight_curve(c, whitened(c, request.statistics))) for c in candidates}
     curves = {c.name: given[c.name] if isinstance(given, Mapping) else given(c) for c in candidates}

@@ -7,8 +7,9 @@ import torch
 
 import tdlib
 from tdlib.errors import BudgetError, CheckpointError, DataError, TdlibError
-from tdlib.harm import HarmCurves, between, factorise
+from tdlib.harm import HarmCurves, between
 from tdlib.layers.formats import get_format
+from tdlib.layers.weighted import factorise_weighted
 from tdlib.methods.distribution_aware import at_once, calibration_batches, in_sequence
 from tdlib.sensitivity import call_order, divergence, logits
 from tdlib.sigma_study import VARIANTS, Study
@@ -153,10 +154,24 @@ def test_output_weights_are_undone_on_the_output_factor(study):
         row = get_format(format)
         errors = []
         for weight in (H, None):
-            What = row.compose(factorise(row, W, ranks, sigma, weight), tuple(W.shape))
+            What = row.compose(factorise_weighted(row, W, ranks, sigma, weight), tuple(W.shape))
             D = (W - What).detach().double().flatten(1)
             errors.append(float(torch.einsum("op,oi,ij,pj->", H, D, sigma, D)))
         assert errors[0] <= errors[1]
+
+
+def test_statistics_with_output_weights_steer_plan_and_decompose(net, digits, tmp_path):
+    batches = calibration_batches(digits, 300)
+    reference, kl = logits(net, batches), []
+    for output_weights in (False, True):
+        tdlib.statistics(net, batches, ["conv[234]"], output_weights=output_weights).save(tmp_path / "s")
+        stats = tdlib.load_statistics(tmp_path / "s")
+        assert set(stats.weights) == (set(stats) if output_weights else set())
+        table = tdlib.plan(
+            net, (1, 8, 8), "tucker2", 3, skip=("conv1", "linear"), rule="global", statistics=stats
+        )
+        kl.append(divergence(reference, logits(tdlib.decompose(net, table, stats), batches)))
+    assert kl[1] < kl[0]
 
 
 def test_layers_are_replaced_in_the_order_in_which_they_run(net, digits):

@@ -11,7 +11,7 @@ import tdlib
 from tdlib.calibration import shrinkage_for
 from tdlib.errors import CheckpointError, DataError, NonFiniteError
 from tdlib.moments import padded
-from tdlib.sensitivity import damped, divergence, output_weights, paired
+from tdlib.sensitivity import damped, divergence, fisher, paired
 
 CONVS = [
     dict(kernel_size=3, padding=1),
@@ -166,7 +166,7 @@ def test_the_fisher_weight_predicts_the_divergence_of_small_changes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     x = torch.randn(4000, 6)
-    H = output_weights(model, [x], ["0"])["0"]
+    H = fisher(model, [x], ["0"])["0"]
     sigma = tdlib.statistics(model, [x], ["0"])["0"]
     changed = copy.deepcopy(model)
     D = 0.02 * torch.randn(8, 6)
