@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     )
     from tdlib.layers import decompose, project, to_dense
     from tdlib.methods import compress
-    from tdlib.planning import Comparison, Cost, Plan, compare, count, plan
+    from tdlib.planning.compare import Comparison, compare
+    from tdlib.planning.cost import Cost, count
+    from tdlib.planning.plan import Plan, plan
     from tdlib.records import record, records
     from tdlib.serialise import load, save
 

@@ -99,7 +99,9 @@ def _dense(path: Path, header: Mapping[str, Any], model: nn.Module | None) -> nn
     from tdlib.models import build
 
     try:
-        kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["kwargs"].items()}
+        kwargs: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in spec["kwargs"].items()
+        }
         return build(spec["name"], spec["classes"], **kwargs)
     except (KeyError, TypeError, ValueError, ImportError) as error:
         raise CheckpointError(f"the network of {path} cannot be built: {error}") from error

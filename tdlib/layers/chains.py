@@ -11,24 +11,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+Layer = nn.Conv2d | nn.Linear
 
-def parameter(layer: nn.Module, value: Tensor) -> nn.Parameter:
+
+def parameter(layer: Layer, value: Tensor) -> nn.Parameter:
     """`value` as a parameter like the layer's weight: its dtype, device and requires_grad; never a view."""
-    weight: Tensor = layer.weight
+    weight = layer.weight
     data = value.detach().to(device=weight.device, dtype=weight.dtype, copy=True).contiguous()
     return nn.Parameter(data, requires_grad=weight.requires_grad)
 
 
-def bias_of(layer: nn.Module) -> nn.Parameter | None:
+def bias_of(layer: Layer) -> nn.Parameter | None:
     """A copy of the layer's bias parameter, or None."""
     if layer.bias is None:
         return None
     return nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
 
 
-def finish(layer: nn.Module, module: nn.Module) -> nn.Module:
+def finish(layer: Layer, module: nn.Module) -> nn.Module:
     """Give `module` the layer's train/eval mode and memory format."""
-    weight: Tensor = layer.weight
+    weight = layer.weight
     if (
         weight.ndim == 4
         and weight.is_contiguous(memory_format=torch.channels_last)
@@ -38,11 +40,11 @@ def finish(layer: nn.Module, module: nn.Module) -> nn.Module:
     return module.train(layer.training)
 
 
-def linear(layer: nn.Module, weight: Tensor, last: bool = False) -> nn.Linear:
+def linear(layer: Layer, weight: Tensor, last: bool = False) -> nn.Linear:
     """A linear member with weight (o, i); the last one takes the layer's bias."""
     member = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     member.weight = parameter(layer, weight)
-    member.bias = bias_of(layer) if last else None
+    member.register_parameter("bias", bias_of(layer) if last else None)
     return member
 
 
@@ -59,30 +61,33 @@ def conv(
 
     rows, cols: take over the layer's stride, padding and dilation along height, width (and the padding mode).
     """
-    spatial = (rows, cols)
-    padding: str | tuple[int, ...] = 0, 0
-    if isinstance(layer.padding, str):
-        padding = layer.padding if any(spatial) else padding
-    else:
-        padding = tuple(p if on else 0 for p, on in zip(layer.padding, spatial, strict=True))
+
+    def pick(values: Sequence[int], otherwise: int) -> tuple[int, int]:
+        return (values[0] if rows else otherwise, values[1] if cols else otherwise)
+
+    padding: str | tuple[int, int] = (0, 0)
+    if not isinstance(layer.padding, str):
+        padding = pick(layer.padding, 0)
+    elif rows or cols:
+        padding = layer.padding
     member = nn.Conv2d(
         weight.shape[1] * groups,
         weight.shape[0],
-        tuple(weight.shape[2:]),
-        stride=tuple(s if on else 1 for s, on in zip(layer.stride, spatial, strict=True)),
+        (weight.shape[2], weight.shape[3]),
+        stride=pick(layer.stride, 1),
         padding=padding,
-        dilation=tuple(d if on else 1 for d, on in zip(layer.dilation, spatial, strict=True)),
+        dilation=pick(layer.dilation, 1),
         groups=groups,
         bias=False,
-        padding_mode=layer.padding_mode if any(spatial) else "zeros",
+        padding_mode=layer.padding_mode if rows or cols else "zeros",
         device="meta",
     )
     member.weight = parameter(layer, weight)
-    member.bias = bias_of(layer) if last else None
+    member.register_parameter("bias", bias_of(layer) if last else None)
     return member
 
 
-def matrix_chain(layer: nn.Module, factors: Sequence[Tensor]) -> nn.Module:
+def matrix_chain(layer: Layer, factors: Sequence[Tensor]) -> nn.Module:
     """W = A B for a linear layer or a 1×1 convolution: first B (r, I), with stride and padding, then A (O,
     r)."""
     a, b = factors

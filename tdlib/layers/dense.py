@@ -32,7 +32,7 @@ def to_dense(module: nn.Module) -> Tensor:
     if isinstance(module, (ShuffledConv2d, ShuffledLinear)):
         return module.kernel()
     if isinstance(module, nn.Sequential) and len(module):
-        return reduce(_after, module, None)  # type: ignore[arg-type, return-value]
+        return reduce(_after, module, None)  # type: ignore[return-value]
     if isinstance(module, nn.Linear):
         return module.weight
     if isinstance(module, nn.Conv2d) and not module.transposed:

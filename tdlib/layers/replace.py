@@ -6,12 +6,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tdlib.errors import DataError, NonFiniteError, TdlibError, unknown
+from tdlib.layers.chains import Layer
 from tdlib.layers.formats import Format, get_format
 from tdlib.layers.weighted import factorise_weighted
 
@@ -38,9 +39,7 @@ def decompose(
                 f"statistics lack {', '.join(missing)}; they have: {', '.join(statistics) or 'none'}"
             )
 
-    def factorised(
-        name: str, layer: nn.Module, row: Format, ranks: tuple[int, ...], options: Row
-    ) -> nn.Module:
+    def factorised(name: str, layer: Layer, row: Format, ranks: tuple[int, ...], options: Row) -> nn.Module:
         weight = layer.weight.detach()
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(f"layer {name!r} has NaN or Inf in its weight")
@@ -68,7 +67,7 @@ def skeleton(model: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
     variance.
     """
 
-    def blank(name: str, layer: nn.Module, row: Format, ranks: tuple[int, ...], options: Row) -> nn.Module:
+    def blank(name: str, layer: Layer, row: Format, ranks: tuple[int, ...], options: Row) -> nn.Module:
         module = row.blank(layer, ranks, **options)
         reset_parameters(module)
         return module
@@ -84,10 +83,11 @@ def reset_parameters(module: nn.Module, gain: float = 2.0) -> None:
     product.
     """
     if not isinstance(module, nn.Sequential):
-        module.reset_parameters(gain)
+        cast(Any, module).reset_parameters(gain)
         return
-    for k, member in enumerate(module):
-        scale = gain if k == len(module) - 1 else 1.0
+    members = [member for member in module if isinstance(member, nn.Conv2d | nn.Linear)]
+    for k, member in enumerate(members):
+        scale = gain if k == len(members) - 1 else 1.0
         member.weight.normal_(0.0, math.sqrt(scale / member.weight[0].numel()))
 
 
@@ -139,9 +139,13 @@ def _replace(model: nn.Module, rows: Mapping[str, Row], make: Callable[..., nn.M
     return result
 
 
-def _find(model: nn.Module, name: str) -> nn.Module:
+def _find(model: nn.Module, name: str) -> Layer:
     """The Conv2d or Linear of that name in the model."""
-    known = {n: m for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
+    known: dict[str, Layer] = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Conv2d | nn.Linear) and type(m) in (nn.Conv2d, nn.Linear)
+    }
     if name not in known:
         raise unknown("layer", name, known)
     layer = known[name]

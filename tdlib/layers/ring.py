@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tdlib.layers.chains import bias_of, conv, parameter
+from tdlib.layers.chains import Layer, bias_of, conv, parameter
 
 
 def contract_in(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
@@ -83,7 +83,7 @@ class _Ring(nn.Module):
     in_cores: nn.ParameterList
     bias: nn.Parameter | None
 
-    def __init__(self, layer: nn.Module, out_cores: Sequence[Tensor], in_cores: Sequence[Tensor]) -> None:
+    def __init__(self, layer: Layer, out_cores: Sequence[Tensor], in_cores: Sequence[Tensor]) -> None:
         super().__init__()
         self.out_cores = nn.ParameterList(parameter(layer, core) for core in out_cores)
         self.in_cores = nn.ParameterList(parameter(layer, core) for core in in_cores)

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.errors import RankError, TdlibError, unknown
+from tdlib.layers.chains import Layer
 
 Ranks = tuple[int, ...]
 Shape = tuple[int, ...]
 Factors = list[Tensor]
+
 KINDS = ("conv", "pointwise", "linear")
 
 
@@ -156,7 +158,7 @@ class Format:
         options = self.resolve(shape, **options)
         return self.scheme(shape, **options).compose(factors, tuple(shape), **options)
 
-    def build(self, layer: nn.Module, factors: Factors, **options: Any) -> nn.Module:
+    def build(self, layer: Layer, factors: Factors, **options: Any) -> nn.Module:
         """The module that computes `layer` through the factors: same device, dtype, mode and bias."""
         shape = tuple(layer.weight.shape)
         options = self.resolve(shape, **options)
@@ -232,7 +234,7 @@ class Format:
         rest = weight - scheme.compose(factors, shape, **options)
         return float(rest.double().square().sum() / weight.double().square().sum().clamp_min(1e-300))
 
-    def blank(self, layer: nn.Module, ranks: Sequence[int], **options: Any) -> nn.Module:
+    def blank(self, layer: Layer, ranks: Sequence[int], **options: Any) -> nn.Module:
         """The factorised module for `layer` with zero factors: a structure to load weights into."""
         shapes = self.shapes(layer.weight.shape, self.clip(layer.weight.shape, ranks, **options), **options)
         zeros = [torch.zeros(s, dtype=layer.weight.dtype, device=layer.weight.device) for s in shapes]

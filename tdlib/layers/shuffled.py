@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import CheckpointError, RankError, unknown
 from ..tensor import shuffled as maths
-from .chains import bias_of, finish, parameter
+from .chains import Layer, bias_of, finish, parameter
 from .scheme import KINDS, Factors, Format, Ranks, Scheme, Shape
 
 UNSHUFFLED = -1  # how "no permutation" is written into a state_dict
@@ -42,11 +42,11 @@ class _Shuffled(nn.Module):
     order: Tensor  # (n,) inverse permutation, not saved
     bias: nn.Parameter | None
 
-    def __init__(self, layer: nn.Module, cores: Sequence[Tensor], kind: str, seed: int | None) -> None:
+    def __init__(self, layer: Layer, cores: Sequence[Tensor], kind: str, seed: int | None) -> None:
         super().__init__()
         self.kind, self.shape = kind, tuple(layer.weight.shape)
         self.cores = nn.ParameterList(parameter(layer, core) for core in cores)
-        self.bias = bias_of(layer)
+        self.register_parameter("bias", bias_of(layer))
         device = layer.weight.device
         self.register_buffer(
             "shuffle", torch.tensor([UNSHUFFLED if seed is None else seed, 0], device=device)
@@ -112,7 +112,7 @@ class _Shuffled(nn.Module):
         return self._kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "_kept": None}  # type: ignore[misc, unused-ignore]
 
     @torch.no_grad()
     def reset_parameters(self, gain: float = 2.0) -> None:

@@ -115,11 +115,9 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
         if not params and not macs:
             continue
         shapes = calls.get(module, [])
-        first = shapes[0] if shapes else (None, None)
-        row = Row(
-            name, type(module).__name__, params, macs, *first, norm=is_norm(module), calls=tuple(shapes)
-        )
-        rows.append(row)
+        before, after = shapes[0] if shapes else (None, None)
+        kind = type(module).__name__
+        rows.append(Row(name, kind, params, macs, before, after, is_norm(module), tuple(shapes)))
     params = sum(row.params for row in rows)
     bn_params = sum(row.params for row in rows if row.norm)
     return Cost(params, bn_params, total, tuple(rows), shape)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdlib.layers.chains import finish
+from tdlib.layers.chains import Layer, finish
 from tdlib.layers.ring import RingConv2d, RingLinear, ring_macs
 from tdlib.layers.scheme import Factors, Ranks, Scheme, Shape
 from tdlib.tensor import tr, tt
@@ -39,10 +39,11 @@ def _kernel(tensor: Tensor, shape: Shape) -> Tensor:
     return tt.tt_tensor_to_conv(tensor, shape) if len(shape) == 4 else tensor.reshape(shape)
 
 
-def _build(layer: nn.Module, cores: Factors, out_modes: Modes = None, in_modes: Modes = None) -> nn.Module:
+def _build(layer: Layer, cores: Factors, out_modes: Modes = None, in_modes: Modes = None) -> nn.Module:
     n_out = len(out_modes or (0,))
-    cls = RingLinear if isinstance(layer, nn.Linear) else RingConv2d
-    return finish(layer, cls.replacing(layer, cores, n_out))
+    if isinstance(layer, nn.Linear):
+        return finish(layer, RingLinear.replacing(layer, cores, n_out))
+    return finish(layer, RingConv2d.replacing(layer, cores, n_out))
 
 
 def _macs(ring: bool, shape: Shape, ranks: Ranks, hw_in: Shape, hw_out: Shape, **modes: Any) -> int:
@@ -70,12 +71,12 @@ def _train_bounds(shape: Shape, **modes: Any) -> Ranks:
 def _train_clip(shape: Shape, ranks: Ranks, **modes: Any) -> Ranks:
     """Cut to what the neighbouring ranks allow as well: r_k ≤ r_{k-1} n_k and r_k ≤ n_{k+1} r_{k+1}."""
     sizes = _sizes(shape, modes)
-    ranks = list(map(min, ranks, _train_bounds(shape, **modes)))
-    for k in range(len(ranks)):
-        ranks[k] = min(ranks[k], (ranks[k - 1] if k else 1) * sizes[k])
-    for k in reversed(range(len(ranks) - 1)):
-        ranks[k] = min(ranks[k], sizes[k + 1] * ranks[k + 1])
-    return tuple(ranks)
+    cut = list(map(min, ranks, _train_bounds(shape, **modes)))
+    for k in range(len(cut)):
+        cut[k] = min(cut[k], (cut[k - 1] if k else 1) * sizes[k])
+    for k in reversed(range(len(cut) - 1)):
+        cut[k] = min(cut[k], sizes[k + 1] * cut[k + 1])
+    return tuple(cut)
 
 
 def _train_at(shape: Shape, fraction: float, **modes: Any) -> Ranks:
