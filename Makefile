@@ -12,12 +12,13 @@ CONFIG := profile=$(PROFILE) $(if $(CHAPTERS),chapters=$(CHAPTERS)) $(if $(DEVIC
   $(if $(SEED),seed=$(SEED))
 SNAKEMAKE = $(BIN)/python -m snakemake --cores $(CORES) --quiet rules progress host --keep-going --rerun-incomplete --nolock
 
-.PHONY: help book test browser sweep clean
+.PHONY: help book test browser sweep bench clean
 help:
 	@echo "make book     build the book with the quick profile; prints where it is"
 	@echo "make test     lint, types and tests"
 	@echo "make browser  open every page of the built book in headless Chromium"
 	@echo "make sweep SWEEP=name   run a grid of book/sweeps.yml and collect its table"
+	@echo "make bench    measure tdlib against its peers (most of an hour on a quiet core; BENCH=--quick: minutes)"
 	@echo "make clean    remove what make book built (not .venv)"
 
 $(VENV)/bin/python:
@@ -49,6 +50,9 @@ browser: $(VENV)/.test
 
 sweep: $(VENV)/.book
 	@$(SNAKEMAKE) sweep --config $(CONFIG) $(if $(SWEEP),sweep=$(SWEEP))
+
+bench: $(VENV)/.book
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf book/_build .snakemake .pytest_cache .mypy_cache .ruff_cache

@@ -22,7 +22,8 @@ ALL = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 CHAPTERS = str(config["chapters"]).split(",") if "chapters" in config else ALL
 LIBRARY = sorted(str(p) for p in Path("tdlib").rglob("*.py") if p.name not in ("pages.py", "cli.py"))
 PAGES = sorted(str(p) for p in Path("book").glob("*.*") if p.is_file()) + sorted(
-    str(p) for folder in ("images", "results", "static") for p in Path("book", folder).rglob("*") if p.is_file())
+    str(p) for folder in ("images", "results", "static") for p in Path("book", folder).rglob("*") if p.is_file()) + sorted(
+    str(p) for p in Path("benchmarks").glob("*.json"))
 PYTHON = shlex.quote(sys.executable)
 JUPYTER_BOOK = shlex.quote(str(Path(sys.executable).with_name("jupyter-book")))
 GIVEN = {"profile": "quick"} | {k: config[k] for k in PARAMETERS if config.get(k) not in (None, "")}

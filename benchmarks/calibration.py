@@ -47,5 +47,5 @@ def rows(quick: bool, device: str) -> Iterator[Row]:
         True,
     )
     yield invert(
-        measure(row, gather, passes, pairs=3 if quick else 7, seconds=20 if quick else 180, device=device)
+        measure(row, gather, passes, pairs=3 if quick else 7, seconds=20 if quick else 120, device=device)
     )

@@ -69,7 +69,7 @@ def clock(device: str = "cpu") -> Callable[[], float]:
     return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _time(run: Run, now: Callable[[], float], times: int = 1) -> tuple[float, Any]:
+def timed(run: Run, now: Callable[[], float], times: int = 1) -> tuple[float, Any]:
     """(seconds per run, what the last one returned)."""
     start = now()
     for _ in range(times):
@@ -87,26 +87,32 @@ def measure(
     seconds: float = 20.0,
     warm: bool = True,
     device: str = "cpu",
+    first_b: float | None = None,
 ) -> Row:
     """Fill ``row`` by running ``a`` and ``b`` alternately, at most ``pairs`` times or for about ``seconds``.
 
     At least three pairs are taken; short runs are repeated inside one measurement until it lasts 20 ms.
     ``errors`` turns what ``a`` and ``b`` return into the row's errors. ``warm``: run both once before.
+    ``first_b``: time of a run of ``b`` just before, which is then the first pair's.
     """
     now = clock(device)
     inner = 1
     if warm:
         a(), b()
-        inner = max(1, int(2e-2 / max(_time(a, now)[0], 1e-7)))
+        inner = max(1, int(2e-2 / max(timed(a, now)[0], 1e-7)))
     started = time.perf_counter()
     times: tuple[list[float], list[float]] = ([], [])
     found: list[Any] = [None, None]
+    if first_b is not None:
+        spent, found[0] = timed(a, now)
+        times[0].append(spent)
+        times[1].append(first_b)
     gc.collect()
     gc.disable()
     try:
         while len(times[0]) < pairs and (len(times[0]) < 3 or time.perf_counter() - started < seconds):
             for which in (1, 0) if len(times[0]) % 2 else (0, 1):
-                spent, found[which] = _time((a, b)[which], now, inner)
+                spent, found[which] = timed((a, b)[which], now, inner)
                 times[which].append(spent)
     finally:
         gc.enable()

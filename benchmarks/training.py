@@ -120,7 +120,7 @@ def alternate(row: Row, a: Callable[[], float], b: Callable[[], float], pairs: i
 
 def admm_rows(quick: bool, device: str) -> Iterator[Row]:
     """ADMM's epoch against a plain epoch of ResNet-20, for three formats."""
-    batch, steps, pairs = (32, 6, 2) if quick else (128, 12, 7)
+    batch, steps, pairs = (32, 6, 2) if quick else (128, 9, 5)
     if device.startswith("cuda"):
         steps, pairs = EPOCH_STEPS, 5
     data = images(batch * steps)
@@ -162,7 +162,7 @@ def step_rows(quick: bool, device: str) -> Iterator[Row]:
     """``fit`` against the ordinary loop."""
     import os
 
-    batch, steps, pairs = (32, 6, 2) if quick else (128, 12, 5)
+    batch, steps, pairs = (32, 6, 2) if quick else (128, 9, 5)
     cuda = device.startswith("cuda")
     if cuda:
         steps, pairs = EPOCH_STEPS, 3

@@ -127,8 +127,8 @@ def benchmarks() -> str:
     for topic, machine in found["machines"].items():
         rows = [_benchmark_row(row) for row in found["rows"] if row["topic"] == topic]
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        where = f"{machine['cpu']}, {machine['threads']} thread(s), timed by {machine['clock']}, load average " \
-            f"{machine['load_1min']}; Python {machine['python']}, {versions}"
+        where = f"{machine['cpu']}, {machine['threads']} thread(s), timed by {machine['clock']}, "
+        where += f"load average {machine['load_1min']}; Python {machine['python']}, {versions}"
         parts.append(f"### {topic.capitalize()}\n\n{markdown_table(_without_empty(rows))}\n\n*{where}.*")
     judged = [row for row in found["rows"] if row["met"] is not None]
     met = sum(row["met"] for row in judged)

@@ -73,8 +73,7 @@ def compress(
 
     check_method(method, by, hyper)
     choose_device(device)
-    sizes = {"image_size": image_size, "limit": limit}
-    bundle = tdlib.data.load(data, data_root, seed=seed, **{k: v for k, v in sizes.items() if v is not None})
+    bundle = tdlib.data.load(data, data_root, seed=seed, image_size=image_size, limit=limit)
     sizes_text = f"{len(bundle.train)} training and {len(bundle.test)} test inputs"
     note(f"data: {data}, {sizes_text}, {len(bundle.classes)} classes")
     seed_all(seed)

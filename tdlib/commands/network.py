@@ -102,9 +102,9 @@ def compare(
 
     if batch < 1 or repeats < 1:
         raise UsageError("--batch and --repeats must be at least 1")
-    networks = [open_model(str(path)) for path in (dense, compressed)]
-    shape = shape_of(networks[0], input_shape)
-    result = tdlib.compare(*networks, shape, batch=batch, repeats=repeats)
+    before, after = open_model(str(dense)), open_model(str(compressed))
+    shape = shape_of(before, input_shape)
+    result = tdlib.compare(before, after, shape, batch=batch, repeats=repeats)
     typer.echo(result.to_frame().to_json(orient="records") if as_json else str(result))
 
 
