@@ -17,6 +17,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -41,13 +42,13 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#e3e3e3", "grid.linewidth": 0.7, "lines.linewidth": 1.7, "lines.markersize": 4.5,
     "legend.frameon": False, "legend.fontsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "axes.prop_cycle": mpl.cycler(color=CYCLE), "image.cmap": "RdBu_r", "image.interpolation": "nearest",
+    "axes.prop_cycle": cycler(color=CYCLE), "image.cmap": "RdBu_r", "image.interpolation": "nearest",
 }
 
 
 def styled() -> AbstractContextManager[None]:
     """The book's matplotlib settings as a context manager."""
-    return mpl.rc_context(STYLE)
+    return mpl.rc_context(STYLE)  # type: ignore[arg-type, unused-ignore]
 
 
 def colour(name: object, position: int = 0) -> str:

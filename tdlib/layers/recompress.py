@@ -23,7 +23,7 @@ def chain_factors(chain: nn.Sequential) -> Factors:
     """[core (r_out, r_in, kh, kw), U (O, r_out), V (I, r_in)] of a Tucker-2 chain, [A (O, r), B (r, I)] of an
     SVD's.
     """
-    weights = [member.weight.detach() for member in chain]
+    weights = [member.get_parameter("weight").detach() for member in chain]
     if len(weights) == 3:
         return [weights[1], weights[2].flatten(1), weights[0].flatten(1).mT]
     return [weights[1].flatten(1), weights[0].flatten(1)]

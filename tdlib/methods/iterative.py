@@ -34,6 +34,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import TdlibError, unknown
+from ..layers.replace import decompose
 from ..planning import Plan, plan
 from ..planning.budget import Budget, Choice, make_budget, spent
 from ..planning.candidates import Ranks, candidates
@@ -48,7 +49,7 @@ from .direct import (
     stage,
     training_options,
 )
-from .stepwise import EarlyStopping, Layer
+from .stepwise import EarlyStopping, Layer, recalibrated
 
 FORMATS = ("tucker2", "cp")
 
@@ -92,8 +93,9 @@ def compress(
     arguments go to `train.fit`.
 
     `result._tdlib["report"]`: ranks (one row per layer and pass), stages (one row per fine-tuning: epochs,
-    validation accuracy before and after, ratio), epochs (sum), accuracies in percent, achieved ratios,
-    history, seconds.
+    validation accuracy before and after, ratio), passes, epochs (sum), achieved ratios, history, seconds, and
+    accuracies in percent: dense; before (right after the last decomposition); recalibrated (the same with
+    fresh BatchNorm statistics); after.
 
     Raises: BudgetError before any training where the ratio cannot be reached; UnknownName, TdlibError.
     """
@@ -135,7 +137,12 @@ def compress(
         "passes": number,
         "history": {"finetune": run.history},
     }
-    report |= {"epochs": len(run.history), "after": accuracies(small, data, training.get("device"))}
+    report |= {
+        "epochs": len(run.history),
+        "before": run.before,
+        "recalibrated": run.recalibrated,
+        "after": accuracies(small, data, training.get("device")),
+    }
     report |= {"params_ratio": table.params_ratio, "macs_ratio": table.macs_ratio, "plan": table.to_dict()}
     report["seconds"] = time.perf_counter() - started
     before = getattr(model, "_tdlib", None) or {"spec": None, "layers": {}}
@@ -168,10 +175,12 @@ def one_shot(
     training = training_options(training, seed=seed, progress=progress)
     report: dict[str, Any] = {"method": "one-shot", "dense": accuracies(model, data, training.get("device"))}
     table = final_plan(model, data, ranks, format, by)
+    device = training.get("device")
+    report["recalibrated"] = recalibrated(decompose(model, table), data, device)
     small, result = decompose_and_finetune(model, data, table, epochs=epochs, lr=finetune_lr, **training)
     report |= {"history": {"finetune": result.pop("history")}, "epochs": epochs, **result}
     report |= {"params_ratio": table.params_ratio, "macs_ratio": table.macs_ratio, "plan": table.to_dict()}
-    small._tdlib["report"] = report
+    small._tdlib["report"] = report  # type: ignore[index, operator, assignment]
     return small
 
 
@@ -228,6 +237,8 @@ class _Run:
         self.rank_rows: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
+        self.before: dict[str, float] = {}
+        self.recalibrated: dict[str, float] = {}
 
     def ranks(self) -> dict[str, Ranks]:
         """Ranks of the decomposed layers."""
@@ -260,11 +271,14 @@ class _Run:
     def finetune(self, number: int, group: int, names: list[str], epochs: int, budget: Budget) -> None:
         """Fine-tune with early stopping; the weights of the best validation epoch stay."""
         began, device = time.perf_counter(), self.training.get("device")
+        before = accuracies(self.model, self.data, device)
+        if names:
+            self.before, self.recalibrated = before, recalibrated(self.model, self.data, device)
         row: dict[str, Any] = {
             "pass": number,
             "group": group,
             "layers": names,
-            "val_before": self._validation(device),
+            "val_before": before.get("val"),
         }
         stopping = EarlyStopping(self.patience)
         options = stage(self.training, f"pass{number}-group{group}", self.started)
@@ -277,14 +291,8 @@ class _Run:
         done = len(self.history)
         self.history += [{**r, "epoch": done + k, "pass": number, "group": group} for k, r in enumerate(rows)]
         sites = [layer.site for layer in self.layers.values()]
-        row |= {
-            "epochs": len(rows),
-            "val_after": self._validation(device),
-            "ratio": budget.ratio_of(spent(sites, self.now)),
-        }
-        self.stages.append({**row, "seconds": time.perf_counter() - began})
-
-    def _validation(self, device: Any) -> float | None:
-        return (
+        row |= {"epochs": len(rows), "ratio": budget.ratio_of(spent(sites, self.now))}
+        row["val_after"] = (
             evaluate(self.model, self.data, "val", device=device)["accuracy"] if len(self.data.val) else None
         )
+        self.stages.append({**row, "seconds": time.perf_counter() - began})

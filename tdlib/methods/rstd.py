@@ -119,7 +119,7 @@ def compress(
     report["history"]["cores"] = history.rows
     report |= {"after": found["selected"], "last": found["last"], "seconds": time.perf_counter() - started}
     report |= {"params_ratio": plan.params_ratio, "macs_ratio": plan.macs_ratio, "plan": plan.to_dict()}
-    small._tdlib["report"] = report  # type: ignore[index, operator]
+    small._tdlib["report"] = report  # type: ignore[index, operator, assignment]
     return small
 
 

@@ -79,8 +79,10 @@ def shuffle_pixels(data: Bundle, seed: int = 0) -> Bundle:
         flat = part.images.flatten(1, 2)[:, order]
         return ArraySplit(flat.reshape(part.images.shape), part.labels, part.mean, part.std)
 
-    parts = {name: split(getattr(data, name)) for name in ("train", "val", "test")}
-    return dataclasses.replace(data, name=f"{data.name} (pixels shuffled)", augment=NONE, **parts)
+    return dataclasses.replace(
+        data, name=f"{data.name} (pixels shuffled)", augment=NONE,
+        train=split(data.train), val=split(data.val), test=split(data.test),
+    )  # fmt: skip
 
 
 def neighbour_similarity(data: Bundle, limit: int = 1000) -> float:

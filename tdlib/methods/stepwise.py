@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration import recalibrate_batchnorm
 from ..errors import NonFiniteError
 from ..layers.chains import bias_of
 from ..layers.dense import to_dense
@@ -15,7 +17,7 @@ from ..layers.recompress import chain_factors, orthogonalise, shrink
 from ..layers.scheme import Factors, as_float
 from ..planning.candidates import Candidate, Ranks
 from ..train import Context
-from .direct import KeepBest
+from .direct import KeepBest, accuracies
 
 
 class EarlyStopping(KeepBest):
@@ -44,8 +46,8 @@ class Layer:
 
     def __init__(self, site: Candidate, dense: nn.Module, orthogonal: bool) -> None:
         self.site, self.orthogonal = site, orthogonal
-        self.geometry = copy.deepcopy(dense)
-        self.module = dense
+        self.geometry: Any = copy.deepcopy(dense)
+        self.module: nn.Module = dense
 
     @property
     def dense(self) -> bool:
@@ -77,7 +79,25 @@ class Layer:
             factors = self.site.format.factorise(to_dense(self.module).detach(), ranks, **self.site.options)
         else:
             factors = shrink(self._factors(), ranks)
-        last = self.module if self.dense else self.module[-1]  # type: ignore[index]
+        last: Any = self.module if self.dense else self.module[-1]  # type: ignore[index]
         self.geometry.to(last.weight.device, last.weight.dtype).train(self.module.training)
         self.geometry.bias = bias_of(last)
         return self.site.format.build(self.geometry, factors, **self.site.options)
+
+
+def recalibrated(model: nn.Module, data: Any, device: Any = None, images: int = 2000) -> dict[str, float]:
+    """Accuracies of a copy whose BatchNorm statistics are taken anew from (at most) `images` training images.
+
+    Right after a decomposition the old statistics alone can hold a network at chance; with fresh ones the
+    accuracy says what the weights still know. Without BatchNorm the plain accuracies.
+    """
+    fresh = copy.deepcopy(model)
+    if not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in fresh.modules()
+    ):
+        return accuracies(fresh, data, device)
+    size = min(256, len(data.train))
+    place = device if device is not None else next(fresh.parameters()).device
+    batches = data.batches("train", size, device=place, shuffle=True, drop_last=True)
+    recalibrate_batchnorm(fresh.to(place), (x for x, _ in islice(batches, max(1, images // size))))
+    return accuracies(fresh, data, device)
