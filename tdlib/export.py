@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tdlib.errors import TdlibError
 from torch import nn
+
+from tdlib.errors import TdlibError
 
 TOLERANCE = 1e-3
 
