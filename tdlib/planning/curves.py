@@ -24,7 +24,7 @@ def weight_curve(candidate: Candidate, weight: Tensor, steps: int = 128) -> list
     bound for several). The path raises the rank that saves most error per unit of cost. Formats without
     unfoldings are measured.
     """
-    tails = _tails(candidate, weight)
+    tails = _tails(candidate, weight.float())  # errors to be compared, not targets: single precision will do
     if tails is None:
         return measured_curve(candidate, weight)
     ranks = candidate.clip((1,) * len(tails))
