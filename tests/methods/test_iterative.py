@@ -277,7 +277,7 @@ def test_non_finite_weights_name_their_layer(digits) -> None:
 
 
 def test_the_last_step_keeps_far_more_than_decomposing_at_once(digits, trained) -> None:
-    """Equal ranks, equal total epochs. Right after the last decomposition (BatchNorm statistics fresh on both sides)  # noqa: E501
+    """Equal ranks, equal total epochs. Right after the last decomposition (fresh BatchNorm statistics)
     the iteration is far ahead; after all fine-tuning the two are level on these easy data."""
     settings = {"ratio": 4.0, "by": "macs", "rule": "nx", "factor": 1.5, "patience": 2}
     small = iterative.compress(trained, digits, finetune_epochs=3, finetune_lr=0.03, **settings, **TRAINING)

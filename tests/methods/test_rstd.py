@@ -265,7 +265,7 @@ def test_post_hoc_projection_is_what_decompose_gives(digits) -> None:
 
 
 def test_shuffled_structure_decomposes_like_noise(digits) -> None:
-    """Post hoc, shuffling hurts: a kernel of low rank is no easier than Gaussian noise once it is shuffled."""  # noqa: E501
+    """Post hoc, shuffling hurts: a low-rank kernel is no easier than Gaussian noise once it is shuffled."""
     model = net(digits)
     with torch.no_grad():
         kernel = torch.einsum("or,ir,kr->oik", *(torch.randn(n, 3) for n in (32, 32, 9)))
