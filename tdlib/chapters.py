@@ -142,7 +142,7 @@ def execute(source: str | Path, output: str | Path, parameters: Mapping[str, Any
         try:
             papermill.execute_notebook(str(source), str(partial), parameters=given, cwd=str(ROOT),
                                        kernel_name="python3", progress_bar=False, log_output=False,
-                                       execution_timeout=timeout, config=local)
+                                       execution_timeout=timeout, iopub_timeout=60, config=local)
         except Exception as error:  # whatever broke, the reader gets the partial notebook and one sentence
             where = "before its first cell"
             if partial.exists():
