@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import tdlib
 from tdlib import chapters
@@ -46,8 +45,6 @@ def made(tmp_path_factory):
         tdlib.decompose(dense, tdlib.plan(dense, data.input_shape, format="tucker2", ratio=2)),
         folder / "two.safetensors",
     )
-    other = tdlib.models.build("cnn", 7, input_shape=(1, 8, 8))
-    save_file(other.state_dict(), folder / "weights.safetensors")
     notebooks = folder / "notebooks"
     notebooks.mkdir()
     nb = nbformat.v4.new_notebook(

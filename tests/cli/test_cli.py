@@ -78,7 +78,6 @@ def test_help_does_not_import_torch():
     assert "--model" in done.stdout
 
 
-NAMED = ["compress", "--model", "cnn", "--weights", "weights.safetensors", "--out", "x.safetensors"]
 COMPRESS = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:photos", "--method", "direct"]
 
 
@@ -106,7 +105,6 @@ COMPRESS = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:p
         ([*COMPRESS, "--out", "x.safetensors", "--data", "imagefolder:none"], 1, "does not exist"),
         ([*COMPRESS, "--out", "x.safetensors", "--device", "cuda:99"], 2, "not available"),
         ([*COMPRESS, "--out", "x.safetensors", "--data", "npz:scans.npz"], 2, "channels"),
-        ([*NAMED, "--data", "npz:scans.npz"], 2, "--train-epochs"),
         (["compress", "--model", "cnn"], 2, "--data"),
         (["sweep", "none.yaml"], 1, "does not exist"),
         (["sweep", "grid.yaml", "--name", "dem"], 2, "demo"),
