@@ -129,7 +129,7 @@ def benchmarks() -> str:
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         where = f"{machine['cpu']}, {machine['threads']} thread(s), timed by {machine['clock']}, "
         where += f"load average {machine['load_1min']}; Python {machine['python']}, {versions}"
-        parts.append(f"### {topic.capitalize()}\n\n{markdown_table(_without_empty(rows))}\n\n*{where}.*")
+        parts.append(f"## {topic.capitalize()}\n\n{markdown_table(_without_empty(rows))}\n\n*{where}.*")
     judged = [row for row in found["rows"] if row["met"] is not None]
     met = sum(row["met"] for row in judged)
     return "\n\n".join([f"**{met} of {len(judged)} targets are met.**", *parts])
