@@ -21,12 +21,12 @@ EPOCH_STEPS = 391  # CIFAR: 50,000 images in batches of 128
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def images(number: int) -> Bundle:
-    """Random images in the shape of CIFAR-10."""
+def images(number: int, side: int = 32) -> Bundle:
+    """Random colour images of ten classes (side 32: the shape of CIFAR-10)."""
     generator = torch.Generator().manual_seed(0)
     splits = []
     for n in (number, 16, 16):
-        pixels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        pixels = torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=generator)
         splits.append(ArraySplit(pixels, torch.arange(n) % 10, MEAN, STD))
     from tdlib.data import Augment
 
@@ -35,7 +35,7 @@ def images(number: int) -> Bundle:
         [str(i) for i in range(10)],
         MEAN,
         STD,
-        (3, 32, 32),
+        (3, side, side),
         *splits,
         augment=Augment(pad=4, flip=True),
     )
@@ -62,29 +62,36 @@ class Clock(tdlib.train.Hook):
         return (self.ends[-1] - self.ends[self.skip]) / (len(self.ends) - 1 - self.skip)
 
 
-def fresh(seed: int = 0) -> nn.Module:
-    """ResNet-20 for ten classes."""
-    torch.manual_seed(seed)
-    return tdlib.models.build("resnet20", 10)
+def fresh(network: str = "resnet20") -> nn.Module:
+    """An untrained network for ten classes."""
+    torch.manual_seed(0)
+    return tdlib.models.build(network, 10)
 
 
-def library_step(data: Bundle, batch: int, device: str, hooks: tuple[Any, ...] = (), **options: Any) -> float:
+def library_step(
+    data: Bundle,
+    batch: int,
+    device: str,
+    hooks: tuple[Any, ...] = (),
+    network: str = "resnet20",
+    **options: Any,
+) -> float:
     """Seconds per step of ``train.fit`` over one epoch of ``data``."""
     clock = Clock(2, device)
     tdlib.train.fit(
-        fresh(), data, epochs=1, batch_size=batch, hooks=(*hooks, clock), device=device,
+        fresh(network), data, epochs=1, batch_size=batch, hooks=(*hooks, clock), device=device,
         progress=False, validate=False, **options,
     )  # fmt: skip
     return clock.per_step()
 
 
-def plain_step(data: Bundle, batch: int, device: str, workers: int) -> float:
+def plain_step(data: Bundle, batch: int, device: str, workers: int, network: str = "resnet20") -> float:
     """Seconds per step of the ordinary loop: torchvision transforms, DataLoader, eager float32."""
     from torchvision import transforms
 
     pipeline = transforms.Compose([
-        transforms.ToPILImage(), transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(), transforms.Normalize(MEAN, STD),
+        transforms.ToPILImage(), transforms.RandomCrop(data.input_shape[1], 4),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD),
     ])  # fmt: skip
 
     class Images(torch.utils.data.Dataset[Any]):
@@ -95,7 +102,7 @@ def plain_step(data: Bundle, batch: int, device: str, workers: int) -> float:
             return pipeline(data.train.images[i].permute(2, 0, 1)), int(data.train.labels[i])
 
     loader = DataLoader(Images(), batch, shuffle=True, num_workers=workers, drop_last=True)
-    model = fresh().to(device).train()
+    model = fresh(network).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     now, ends, total = clock(device), [], 0.0
     for x, y in loader:
@@ -159,30 +166,42 @@ def admm_rows(quick: bool, device: str) -> Iterator[Row]:
 
 
 def step_rows(quick: bool, device: str) -> Iterator[Row]:
-    """``fit`` against the ordinary loop."""
+    """``fit`` against the ordinary loop: ResNet-20 on images of CIFAR's size, ResNet-18 of ImageNet's."""
     import os
 
-    batch, steps, pairs = (32, 6, 2) if quick else (128, 9, 5)
     cuda = device.startswith("cuda")
-    if cuda:
-        steps, pairs = EPOCH_STEPS, 3
-    data = images(batch * steps)
     workers = 8 if cuda else min(2, os.cpu_count() or 1)
-    options: dict[str, Any] = {"precision": "bf16", "compile": True} if cuda else {}
-    row = Row(
-        TOPIC,
-        f"training step of resnet20, batch {batch}, {device}",
-        "tdlib.train.fit",
-        "DataLoader loop, eager",
-    )
-    row.target = 10.0 if cuda else 1.0
-    row.note = f"the ordinary loop has {workers} workers, whose CPU time is not counted"
-    yield alternate(
-        row,
-        lambda: library_step(data, batch, device, **options),
-        lambda: plain_step(data, batch, device, workers),
-        pairs,
-    )
+    for network, side in (("resnet20", 32), ("resnet18", 64 if quick else 224)):
+        small = network == "resnet20"
+        batch, steps, pairs = (32, 6, 2) if quick else (128, 9, 5) if small else (16, 6, 3)
+        if cuda:
+            batch, steps, pairs = (128, EPOCH_STEPS, 3) if small else (256, 40, 3)
+        data = images(batch * steps, side)
+        row = Row(
+            TOPIC,
+            f"training step of {network} at {side}x{side}, batch {batch}, {device}",
+            "tdlib.train.fit",
+            "DataLoader loop, eager",
+        )
+        row.note = f"the ordinary loop has {workers} workers, whose CPU time is not counted"
+        if cuda:
+            options: dict[str, Any] = {"precision": "bf16", "compile": True}
+        else:
+            threads = torch.get_num_threads()
+            found = tdlib.train.tune_cpu(fresh(network), data, batch_size=batch, threads=(threads,), rounds=2)
+            options = {k: v for k, v in found.options.items() if k != "device"}
+            row.note += f"; tune_cpu chose {found.best}, {found.rows[0]['speed-up']:.2f}x the plain setting"
+        row.target = (10.0 if cuda else 1.0) if small else None
+        alternate(
+            row,
+            lambda data=data, batch=batch, options=options, network=network: library_step(
+                data, batch, device, network=network, **options
+            ),
+            lambda data=data, batch=batch, network=network: plain_step(data, batch, device, workers, network),
+            pairs,
+        )
+        row.extra = {"images_per_second": 1e3 * batch / row.a_ms}
+        yield row
 
 
 def rows(quick: bool, device: str) -> Iterator[Row]:

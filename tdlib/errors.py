@@ -6,6 +6,7 @@ from difflib import get_close_matches
 __all__ = [
     "BudgetError",
     "CheckpointError",
+    "ClassCountError",
     "DataError",
     "NonFiniteError",
     "RankError",
@@ -29,6 +30,17 @@ class BudgetError(TdlibError):
 
 class DataError(TdlibError):
     """A data set that is missing, misshapen or inconsistent."""
+
+
+class ClassCountError(DataError):
+    """Weights of another number of classes than the network; `have` and `want` are the two numbers."""
+
+    def __init__(self, source: str, have: int, want: int) -> None:
+        super().__init__(
+            f"{source} is for {have} classes, the model has {want}: build it with classes={have}, or pass "
+            "new_head=True to start from a fresh last layer"
+        )
+        self.have, self.want = have, want
 
 
 class CheckpointError(TdlibError):

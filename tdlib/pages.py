@@ -10,36 +10,20 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tdlib import reference
+from tdlib import imagenet_cost, reference
 from tdlib.chapters import BUILD, NOTEBOOKS, ROOT
+from tdlib.markdown import markdown_table
 
 SRC = BUILD / "src"
 RESULTS = ROOT / "book" / "results"
 REPOSITORY = "https://github.com/tdlib/tdlib"
 BEGIN, END = "<!-- results:begin (python -m tdlib.chapters readme) -->", "<!-- results:end -->"
-
-
-def markdown_table(rows: Iterable[dict[str, Any]]) -> str:
-    """A markdown table of dicts; columns in the order of first appearance, missing values as a dash."""
-    rows = list(rows)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row.get(column)) for column in columns) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None or value == "" or value != value:
-        return "–"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def saved_records(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
@@ -67,10 +51,17 @@ def status() -> str:
 
 #: What a record's row shows: heading -> keys looked up in parameters, then metrics, then the record itself.
 _SHOWN = {
-    "chapter": ("chapter",), "data": ("dataset",), "network": ("model",), "method": ("method",),
-    "format": ("format",), "asked ratio": ("ratio",), "seed": ("seed",), "epochs": ("epochs",),
+    "chapter": ("chapter",),
+    "data": ("dataset",),
+    "network": ("model",),
+    "method": ("method",),
+    "format": ("format",),
+    "asked ratio": ("ratio",),
+    "seed": ("seed",),
+    "epochs": ("epochs",),
     "test accuracy (%)": ("test_accuracy", "accuracy", "accuracy_finetuned", "accuracy_after"),
-    "dense (%)": ("dense_accuracy", "accuracy_dense"), "scale": ("scale",),
+    "dense (%)": ("dense_test_accuracy", "dense_accuracy", "accuracy_dense"),
+    "scale": ("scale",),
 }
 
 
@@ -79,8 +70,15 @@ def _record_row(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     link = f"{REPOSITORY}/blob/main/{path.relative_to(ROOT).as_posix()}"
     row: dict[str, Any] = {"record": f"[{path.stem}]({link})"}
     for heading, keys in _SHOWN.items():
-        row[heading] = next((place[k] for k in keys for place in places if place.get(k) is not None
-                             and not isinstance(place[k], dict | list)), None)
+        row[heading] = next(
+            (
+                place[k]
+                for k in keys
+                for place in places
+                if place.get(k) is not None and not isinstance(place[k], dict | list)
+            ),
+            None,
+        )
     row["device"] = record["device"]["name"]
     row["minutes"] = None if record["wall_seconds"] is None else round(record["wall_seconds"] / 60, 1)
     row["commit"] = f"`{record['git']['commit'][:7]}`" if record["git"] else None
@@ -113,9 +111,14 @@ def chapter_map() -> str:
     """Question and paper of every chapter that is staged, from ``book/map.yml``."""
     rows = yaml.safe_load((ROOT / "book" / "map.yml").read_text(encoding="utf-8"))
     return markdown_table(
-        {"Chapter": f"[](../notebooks/{name}.ipynb)", "Question": row["question"],
-         "Paper": f"{{cite:t}}`{row['paper']}`" if "paper" in row else None}
-        for name, row in rows.items() if (SRC / "notebooks" / f"{name}.ipynb").is_file())
+        {
+            "Chapter": f"[](../notebooks/{name}.ipynb)",
+            "Question": row["question"],
+            "Paper": f"{{cite:t}}`{row['paper']}`" if "paper" in row else None,
+        }
+        for name, row in rows.items()
+        if (SRC / "notebooks" / f"{name}.ipynb").is_file()
+    )
 
 
 def benchmarks() -> str:
@@ -144,9 +147,13 @@ def _benchmark_row(row: dict[str, Any]) -> dict[str, Any]:
     verdict = {None: None, True: "met", False: "missed"}[row["met"]]
     errors = None if row["error_a"] is None else f"{row['error_a']:.4f} / {row['error_b']:.4f}"
     return shown | {
-        "ratio": f"{row['ratio']:.3g}", "quartiles": f"{low:.3g} to {high:.3g}", "target": target,
-        "": verdict, "ms, tdlib / other": f"{row['a_ms']:.3g} / {row['b_ms']:.3g}",
-        "error, tdlib / other": errors, "note": row["note"],
+        "ratio": f"{row['ratio']:.3g}",
+        "quartiles": f"{low:.3g} to {high:.3g}",
+        "target": target,
+        "": verdict,
+        "ms, tdlib / other": f"{row['a_ms']:.3g} / {row['b_ms']:.3g}",
+        "error, tdlib / other": errors,
+        "note": row["note"],
     }
 
 
@@ -157,6 +164,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "_generated/records.md": records,
     "_generated/queue.md": queue,
     "_generated/benchmarks.md": benchmarks,
+    "_generated/imagenet.md": imagenet_cost.generated,
     "api.md": reference.page,
 }
 
@@ -172,8 +180,11 @@ def _toc() -> str:
     """The table of contents without pages that are not staged."""
     toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
     for part in toc["parts"]:
-        part["chapters"] = [row for row in part["chapters"] if any(
-            (SRC / f"{row['file']}{suffix}").is_file() for suffix in (".md", ".ipynb"))]
+        part["chapters"] = [
+            row
+            for row in part["chapters"]
+            if any((SRC / f"{row['file']}{suffix}").is_file() for suffix in (".md", ".ipynb"))
+        ]
     toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
     return yaml.safe_dump(toc, sort_keys=False)
 
@@ -207,8 +218,12 @@ def stage() -> Path:
     book = ROOT / "book"
     _notebooks()
     _put(SRC / "_config.yml", (ROOT / "_config.yml").read_bytes())
-    wanted = [path for folder in ("images", "static") for path in (book / folder).rglob("*")
-              if path.is_file() and path.suffix != ".py"]
+    wanted = [
+        path
+        for folder in ("images", "static")
+        for path in (book / folder).rglob("*")
+        if path.is_file() and path.suffix != ".py"
+    ]
     for path in [*book.glob("*.md"), *book.glob("*.bib"), *wanted]:
         _put(SRC / "book" / path.relative_to(book), path.read_bytes())
     for name, make in GENERATED.items():
@@ -239,4 +254,3 @@ def update_readme(*, check: bool = False) -> bool:
         return fresh == text
     path.write_text(fresh, encoding="utf-8")
     return True
-

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ClassCountError
 from .common import DebugOption, ForceOption, UsageError, check_output, open_model, parse_settings, table
 
 FITS_FIRST = "Train (or fine-tune) the dense network for this many epochs first."
@@ -77,9 +78,18 @@ def compress(
     sizes_text = f"{len(bundle.train)} training and {len(bundle.test)} test inputs"
     note(f"data: {data}, {sizes_text}, {len(bundle.classes)} classes")
     seed_all(seed)
-    dense = open_model(
-        model, bundle.classes, weights=weights, input_shape=bundle.input_shape, new_head=train_epochs > 0
-    ).to(device)
+    options: dict[str, Any] = {
+        "weights": weights,
+        "input_shape": bundle.input_shape,
+        "new_head": train_epochs > 0,
+    }
+    try:
+        dense = open_model(model, bundle.classes, **options).to(device)
+    except ClassCountError as error:
+        raise UsageError(
+            f"the weights of {model} are for {error.have} classes, the data have {error.want}; "
+            "--train-epochs N starts from these weights with a fresh last layer and trains it on yours"
+        ) from error
     check_fits(dense, bundle, model)
     if train_epochs:
         note(f"training the dense network for {train_epochs} epochs")

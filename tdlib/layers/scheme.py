@@ -60,6 +60,8 @@ class Scheme:
     factorise_sigma(weight, ranks, sigma, **options): as factorise, in the norm of the inputs' second moments.
     rough(weight, ranks, **options): as factorise with less work, for the errors that the global rule
     compares.
+    on_output(factors, M): factors of the kernel whose output mode is multiplied by M (O, O); None where no
+        single factor carries that mode.
     batched: torch.vmap can map factorise and compose over a stack of kernels.
     """
 
@@ -74,6 +76,7 @@ class Scheme:
     unfoldings: Callable[..., list[Tensor]] | None = None
     factorise_sigma: Callable[..., Factors] | None = None
     rough: Callable[..., Factors] | None = None
+    on_output: Callable[[Factors, Tensor], Factors] | None = None
     batched: bool = True
 
 

@@ -11,13 +11,22 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import DataError, TdlibError, UnknownName
+from ..errors import ClassCountError, DataError, TdlibError, UnknownName
 from .cifar_resnet import DEPTHS, CifarResNet
 from .external import build_timm, build_torchvision, torchvision_names
 from .small import LSTMClassifier, SmallCNN
 from .weights import load_weights, read_state_dict
 
-__all__ = ["CifarResNet", "LSTMClassifier", "SmallCNN", "available", "build", "load_weights", "pretrained"]
+__all__ = [
+    "CifarResNet",
+    "LSTMClassifier",
+    "SmallCNN",
+    "available",
+    "build",
+    "load_weights",
+    "pretrained",
+    "shipped",
+]
 
 OWN = (*DEPTHS, "cnn", "lstm")
 ZOO = Path(__file__).parent / "zoo"
@@ -45,8 +54,8 @@ def build(
     (``resnet18`` or ``torchvision:resnet18``) or ``timm:NAME``.
     input_shape: (channels, height, width) of one input; ``cnn`` and ``lstm`` need it (default (1, 8, 8), the
     digits), others use its channel count for their first convolution.
-    weights: a torchvision weight name (``DEFAULT``, ``IMAGENET1K_V1``) or a local file (safetensors or a
-    state_dict).
+    weights: a torchvision weight name (``DEFAULT``, ``IMAGENET1K_V1``), a local file (safetensors or a
+    state_dict) or a name of ``shipped()``.
     new_head: keep a fresh last layer where the weights have another number of classes.
 
     Raises UnknownName, and DataError where weights do not fit.
@@ -56,10 +65,7 @@ def build(
     file, hub = _weight_source(weights)
     model, pretrained_classes = _construct(name, count, shape, hub, kw)
     if hub is not None and pretrained_classes != count and not new_head:
-        raise DataError(
-            f"weights {hub!r} of {name} have {pretrained_classes} classes, but {count} are asked for: build "
-            f"with classes={pretrained_classes}, or pass new_head=True to start from a fresh last layer"
-        )
+        raise ClassCountError(f"weights {hub!r} of {name}", int(pretrained_classes or 0), count)
     if file is not None:
         load_weights(model, file, new_head=new_head)
     spec_kw: dict[str, Any] = dict(kw)
@@ -70,11 +76,12 @@ def build(
 
 
 def pretrained(name: str) -> nn.Module:
-    """A network trained by this project and shipped with the package (offline), e.g. ``resnet20-cifar100``.
+    """A network trained by this project and shipped with the package (offline), e.g. ``resnet20-cifar100-reduced``
+    (`shipped` says how well it was trained).
 
     Raises UnknownName listing what is there.
     """
-    files = {path.stem: path for path in sorted(ZOO.glob("*.safetensors"))}
+    files = _zoo()
     if name not in files:
         there = ", ".join(files) if files else "none are shipped with this version"
         raise UnknownName(f"unknown pretrained network {name!r}; there are: {there}")
@@ -86,6 +93,17 @@ def pretrained(name: str) -> nn.Module:
     channels = [int(n) for n in meta["input_shape"].split(",")] if meta.get("input_shape") else None
     model = build(meta["name"], int(meta["classes"]), input_shape=channels)
     return load_weights(model, state, source=name)
+
+
+def shipped() -> dict[str, dict[str, str]]:
+    """The networks of ``pretrained``: name -> network, classes, data set, the scale of its training and the
+    test accuracy measured for it.
+    """
+    return {name: read_state_dict(path)[1] for name, path in _zoo().items()}
+
+
+def _zoo() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(ZOO.glob("*.safetensors"))}
 
 
 def _construct(
@@ -140,6 +158,8 @@ def _weight_source(weights: str | Path | None) -> tuple[Path | None, str | None]
     path = Path(weights).expanduser()
     if path.is_file():
         return path, None
+    if str(weights) in _zoo():
+        return _zoo()[str(weights)], None
     if isinstance(weights, Path) or path.suffix or len(path.parts) > 1:
         raise DataError(f"weight file {path} does not exist")
     return None, str(weights)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import ClassCountError, DataError
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # left by DataParallel, torch.compile and Lightning
 
@@ -77,10 +77,7 @@ def load_weights(
             differ = []
         else:
             have, want = (len(table[differ[0]]) for table in (state, target))
-            raise DataError(
-                f"{source}: the last layer {head!r} has {have} classes, the model {want}: build it with "
-                f"classes={have}, or pass new_head=True to start from a fresh last layer"
-            )
+            raise ClassCountError(f"{source} (last layer {head!r})", have, want)
     problems = [f"missing {_few(missing)}"] if missing else []
     problems += [f"unexpected {_few(unexpected)}"] if unexpected else []
     problems += [

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import tdlib
 from tdlib import chapters
@@ -45,6 +46,8 @@ def made(tmp_path_factory):
         tdlib.decompose(dense, tdlib.plan(dense, data.input_shape, format="tucker2", ratio=2)),
         folder / "two.safetensors",
     )
+    foreign = tdlib.models.build("cnn", 5, input_shape=data.input_shape)
+    save_file(foreign.state_dict(), folder / "five.safetensors")
     notebooks = folder / "notebooks"
     notebooks.mkdir()
     nb = nbformat.v4.new_notebook(

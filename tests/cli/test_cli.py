@@ -79,6 +79,8 @@ def test_help_does_not_import_torch():
 
 
 COMPRESS = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:photos", "--method", "direct"]
+FOREIGN = ["compress", "--model", "cnn", "--weights", "five.safetensors", "--data", "imagefolder:photos"]
+FOREIGN += ["--out", "x.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ COMPRESS = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:p
         ([*COMPRESS, "--out", "x.safetensors", "--data", "imagefolder:none"], 1, "does not exist"),
         ([*COMPRESS, "--out", "x.safetensors", "--device", "cuda:99"], 2, "not available"),
         ([*COMPRESS, "--out", "x.safetensors", "--data", "npz:scans.npz"], 2, "channels"),
+        (FOREIGN, 2, "for 5 classes, the data have 3; --train-epochs N"),
         (["compress", "--model", "cnn"], 2, "--data"),
         (["sweep", "none.yaml"], 1, "does not exist"),
         (["sweep", "grid.yaml", "--name", "dem"], 2, "demo"),
@@ -221,3 +224,11 @@ def test_chapters_lists_parameters(user):
     text = run("chapters").stdout
     assert "primer" in text and "seed=0" in text
     assert chapters.NOTEBOOKS.name == "notebooks"
+
+
+def test_weights_of_other_classes_with_training_get_a_fresh_last_layer(user):
+    result = run(
+        *FOREIGN, "--train-epochs", "1", "--method", "direct", "--format", "tucker2", "--ratio", "1.5"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert tdlib.load(user / "x.safetensors")(torch.zeros(1, 3, 16, 16)).shape == (1, 3)

@@ -123,7 +123,7 @@ def test_class_mismatch_teaches(tmp_path):
     path = tmp_path / "w.pt"
     net = models.build("cnn", 10)
     torch.save(net.state_dict(), path)
-    with pytest.raises(DataError, match=r"10 classes, the model 5.*new_head=True"):
+    with pytest.raises(DataError, match=r"for 10 classes, the model has 5.*new_head=True"):
         models.build("cnn", 5, weights=path)
     fresh = models.build("cnn", 5, weights=path, new_head=True)
     assert torch.equal(fresh.conv1.weight, net.conv1.weight) and fresh.linear.out_features == 5
@@ -208,3 +208,14 @@ def test_loading_is_all_or_nothing():
     with pytest.raises(DataError):
         weight_files.load_weights(net, state)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_every_shipped_network_says_what_it_is_and_loads_by_name():
+    there = models.shipped()
+    assert there
+    for name, meta in there.items():
+        assert {"name", "classes", "input_shape", "dataset", "scale", "test_accuracy"} <= meta.keys()
+        net = models.pretrained(name)
+        same = models.build(meta["name"], int(meta["classes"]), weights=name)
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), same.parameters(), strict=True))
+        assert (models.ZOO / f"{name}.safetensors").stat().st_size <= 2**20

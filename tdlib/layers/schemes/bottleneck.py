@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tdlib.layers.chains import bottleneck_chain
@@ -62,6 +63,12 @@ def _tucker_shapes(shape: Shape, ranks: Ranks) -> list[Shape]:
     return [(r_out, r_in, kh, kw), (o, r_out), (i, r_in)]
 
 
+def _tucker_on_output(factors: Factors, M: Tensor) -> Factors:
+    core, out, inp = factors
+    Q, R = torch.linalg.qr(M @ out)  # the factor stays orthonormal
+    return [torch.einsum("ab,b...->a...", R, core), Q, inp]
+
+
 TUCKER2 = Scheme(
     factorise=_tucker,
     compose=lambda factors, shape: tucker.tucker2_compose(factors[0], factors[1:]),
@@ -73,6 +80,7 @@ TUCKER2 = Scheme(
     clip=_clip,
     unfoldings=_unfoldings,
     factorise_sigma=_tucker_sigma,
+    on_output=_tucker_on_output,
 )
 
 
@@ -104,4 +112,5 @@ TT = Scheme(
     clip=_clip,
     unfoldings=_unfoldings,
     factorise_sigma=_tt_sigma,
+    on_output=lambda cores, M: [torch.einsum("ab,xbr->xar", M, cores[0]), *cores[1:]],
 )

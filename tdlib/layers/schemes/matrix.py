@@ -50,6 +50,7 @@ MATRIX = Scheme(
     at=lambda shape, fraction: scaled(fraction, min(shape[:2])),
     unfoldings=lambda weight: [weight.reshape(weight.shape[:2])],
     factorise_sigma=_factorise_sigma,
+    on_output=lambda factors, M: [M @ factors[0], *factors[1:]],
 )
 
 

@@ -73,6 +73,7 @@ def _scheme(four: bool) -> Scheme:
         bounds=bounds,
         at=at,
         factorise_sigma=_sigma(four),
+        on_output=lambda factors, M: [M @ factors[0], *factors[1:]],
         rough=lambda weight, ranks: _absorb(fit(weight, ranks[0], sweeps=10)),
         batched=False,
     )
