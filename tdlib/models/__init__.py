@@ -76,8 +76,8 @@ def build(
 
 
 def pretrained(name: str) -> nn.Module:
-    """A network trained by this project and shipped with the package (offline), e.g. ``resnet20-cifar100-reduced``
-    (`shipped` says how well it was trained).
+    """A network trained by this project and shipped with the package (offline), e.g.
+    ``resnet20-cifar100-reduced``; `shipped` says how well it was trained.
 
     Raises UnknownName listing what is there.
     """
