@@ -49,37 +49,29 @@ def status() -> str:
     return claims.status_markdown(verdicts())
 
 
-#: What a record's row shows: heading -> keys looked up in parameters, then metrics, then the record itself.
+#: What a record's row shows: heading -> keys looked up in parameters, then metrics.
 _SHOWN = {
-    "chapter": ("chapter",),
     "data": ("dataset",),
     "network": ("model",),
     "method": ("method",),
     "format": ("format",),
-    "asked ratio": ("ratio",),
+    "ratio": ("ratio",),
+    "of": ("by",),
     "seed": ("seed",),
     "epochs": ("epochs",),
-    "test accuracy (%)": ("test_accuracy", "accuracy", "accuracy_finetuned", "accuracy_after"),
-    "dense (%)": ("dense_test_accuracy", "dense_accuracy", "accuracy_dense"),
-    "scale": ("scale",),
+    "test %": ("test_accuracy", "accuracy", "accuracy_finetuned", "accuracy_after"),
+    "dense %": ("dense_test_accuracy", "dense_accuracy", "accuracy_dense"),
 }
 
 
 def _record_row(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    places = (record.get("parameters", {}), record.get("metrics", {}), record)
+    places = (record["parameters"], record["metrics"])
     link = f"{REPOSITORY}/blob/main/{path.relative_to(ROOT).as_posix()}"
-    row: dict[str, Any] = {"record": f"[{path.stem}]({link})"}
+    row: dict[str, Any] = {"record": f"[{path.stem.rpartition('-')[2]}]({link})"}
     for heading, keys in _SHOWN.items():
-        row[heading] = next(
-            (
-                place[k]
-                for k in keys
-                for place in places
-                if place.get(k) is not None and not isinstance(place[k], dict | list)
-            ),
-            None,
-        )
-    row["device"] = record["device"]["name"]
+        values = (place.get(key) for key in keys for place in places)
+        row[heading] = next((v for v in values if v is not None and not isinstance(v, dict | list)), None)
+    row["scale"] = record["scale"].partition(":")[0]
     row["minutes"] = None if record["wall_seconds"] is None else round(record["wall_seconds"] / 60, 1)
     row["commit"] = f"`{record['git']['commit'][:7]}`" if record["git"] else None
     return row
@@ -91,11 +83,27 @@ def _without_empty(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def records() -> str:
-    """Every committed record as one markdown table."""
+    """Every committed record: a table per chapter, and what its scale and device mean."""
     found = saved_records()
     if not found:
         return "*No record is committed yet.*"
-    return markdown_table(_without_empty([_record_row(path, record) for path, record in found]))
+    parts, chapters = [], dict.fromkeys(record["chapter"] for _, record in found)
+    for chapter in chapters:
+        rows: list[dict[str, Any]] = []
+        scales: dict[str, None] = {}
+        devices: dict[str, None] = {}
+        for path, record in found:
+            if record["chapter"] == chapter:
+                rows.append(_record_row(path, record))
+                scales[record["scale"]] = devices[record["device"]["name"]] = None
+        rows.sort(
+            key=lambda row: tuple(str(row[k]) for k in ("data", "network", "format", "of", "ratio", "method"))
+        )
+        parts.append(f"## {chapter}\n\n{markdown_table(_without_empty(rows))}")
+        explained = [scale for scale in scales if ":" in scale]
+        parts += ["\n".join(f"- *{scale}*" for scale in explained)] if explained else []
+        parts.append(f"Run on: {', '.join(devices)}.")
+    return "\n\n".join(parts)
 
 
 def queue() -> str:
@@ -138,6 +146,15 @@ def benchmarks() -> str:
     return "\n\n".join([f"**{met} of {len(judged)} targets are met.**", *parts])
 
 
+def benchmark_picture() -> str:
+    """The same rows as an SVG."""
+    from tdlib import plots_benchmarks
+
+    path = ROOT / "benchmarks" / "results.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return plots_benchmarks.svg(rows)
+
+
 def _benchmark_row(row: dict[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {"what": row["name"], "against": row["b"]}
     if row["ratio"] is None:
@@ -164,6 +181,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "_generated/records.md": records,
     "_generated/queue.md": queue,
     "_generated/benchmarks.md": benchmarks,
+    "_generated/benchmarks.svg": benchmark_picture,
     "_generated/imagenet.md": imagenet_cost.generated,
     "api.md": reference.page,
 }

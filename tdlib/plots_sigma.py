@@ -143,3 +143,20 @@ def sampling(rows: Any) -> Figure:
         axes[0][0].set(xscale="log", yscale="log", xlabel="positions per image", ylabel="relative error of Σ")
         axes[0][0].legend()
     return fig
+
+
+def record_table(rows: Any) -> pd.DataFrame:
+    """Accuracy and agreement in percent and KL divergence, each over the ratios; a dash where nothing ran."""
+    shown = {
+        "test_accuracy": ("accuracy (%)", "{:.1f}"),
+        "agreement": ("agreement (%)", "{:.1f}"),
+        "kl": ("KL", "{:.2f}"),
+    }
+    parts = {}
+    for column, (name, digits) in shown.items():
+        wide = pd.DataFrame(rows).pivot_table(index="method", columns="ratio", values=column, sort=False)
+        wide = wide.sort_index(axis=1).rename(columns=lambda ratio: f"{ratio:g}×")
+        parts[name] = wide.map(lambda value, digits=digits: "–" if pd.isna(value) else digits.format(value))
+    table = pd.concat(parts, axis=1)
+    table.columns.names, table.index.name = [None, None], None
+    return table

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tdlib import chapters, pages, reference
+from tdlib import chapters, pages, plots_benchmarks, reference
 from tdlib.chapters import ROOT
 
 INTRO = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
@@ -134,3 +134,14 @@ def test_the_python_examples_run(text, own_data):
 def test_chapters_list_matches_the_notebooks(capsys):
     assert chapters.main(["list"]) == 0
     assert capsys.readouterr().out.split() == chapters.names()
+
+
+def test_the_benchmark_picture_is_the_same_for_the_same_rows_and_shows_each():
+    rows = [
+        {"topic": "speed", "name": f"case {n}", "b": "peer", "ratio": 2.0 + n, "quartiles": [1.5, 4.0],
+         "target": 3.0, "met": n > 0}
+        for n in range(2)
+    ]  # fmt: skip
+    one, two = plots_benchmarks.svg(rows), plots_benchmarks.svg(rows)
+    assert one == two and "case 0 | peer" in one and "case 1 | peer" in one
+    assert plots_benchmarks.svg([rows[0] | {"ratio": None}]).startswith("<svg")
