@@ -17,7 +17,7 @@ TOPIC = "calibration"
 
 def rows(quick: bool, device: str) -> Iterator[Row]:
     """Exact statistics of every convolution and linear layer, over several batches."""
-    side, batch, number = (160, 4, 1) if quick else (224, 16, 2)
+    side, batch, number = (160, 4, 1) if quick else (224, 16, 8)
     model, source = resnet("resnet18")
     model.to(device)
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +46,6 @@ def rows(quick: bool, device: str) -> Iterator[Row]:
         3.0,
         True,
     )
-    measure(row, gather, passes, pairs=3 if quick else 7, seconds=20 if quick else 120, device=device)
+    measure(row, gather, passes, pairs=3 if quick else 5, seconds=20 if quick else 240, device=device)
     row.extra = {"images_per_second": 1e3 * number * batch / row.b_ms}  # of the forward pass
     yield invert(row)

@@ -231,21 +231,19 @@ class Sums:
     def assemble(self) -> tuple[Tensor, Tensor]:
         """Sum over all patches of x x^T (n, n) and of x (n,), order channel, kh, kw."""
         K, C = self.kernel[0] * self.kernel[1], self.channels
-        blocks = self.image.new_zeros(C, K, C, K)
+        blocks = self.image.new_zeros(K, K, C, C)  # taps first: every block is written in one piece
         for k, j, d, rows, columns in self.pairs:
-            block = self.image.new_zeros(C, C)
             for key, sign in self.terms(d, rows, columns).items():
-                block.add_(self.sums[key], alpha=sign)
-            blocks[:, k, :, j] = block
-            if not self.cross:
-                blocks[:, j, :, k] = block.T
+                blocks[k, j].add_(self.sums[key], alpha=sign)
+            if not self.cross and j != k:
+                blocks[j, k] = blocks[k, j].T
         mean = self.image.new_zeros(C, K)
         for k in range(K):
             rows, columns = self.lost[0][k // self.kernel[1]], self.lost[1][k % self.kernel[1]]
             keep_rows = [y for y in range(self.size[0]) if y not in rows]
             keep_columns = [x for x in range(self.size[1]) if x not in columns]
             mean[:, k] = self.image[keep_rows][:, keep_columns].sum((0, 1))
-        return blocks.reshape(C * K, C * K), mean.reshape(-1)
+        return blocks.permute(2, 0, 3, 1).reshape(C * K, C * K), mean.reshape(-1)
 
 
 def moved(part: slice, d: int) -> slice:
