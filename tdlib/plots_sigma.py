@@ -15,6 +15,7 @@ from tdlib.plots import COLOURS, CYCLE, draw_lines, new, styled
 NAMES = {
     "frobenius": "kernel error (Frobenius)", "sigma": "output error (Σ)", "global": "+ ranks by harm",
     "sequential": "+ in sequence", "bias": "+ bias correction", "batchnorm": "in sequence + BatchNorm",
+    "transfer": "Σ of other images",
 }  # fmt: skip
 
 

@@ -4,7 +4,8 @@ share.
 Variants, each adding one thing to the one before (all without training and without labels): frobenius (plain
 decomposition, uniform ranks), sigma (the paper: the same ranks, error of the output), global (ranks by harm,
 outputs weighted), sequential (layers fitted one after the other), then, reported apart because they change
-more than the kernels: bias (bias correction) and batchnorm (recalibration).
+more than the kernels: bias (bias correction) and batchnorm (recalibration). `transfer:NAME` is sigma with
+the second moments of other images.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tdlib.sensitivity import damped, divergence, fisher, logits
 from tdlib.tensor.sigma_norm import sigma_error
 
 VARIANTS = ("frobenius", "sigma", "global", "sequential", "bias", "batchnorm")
+TRANSFER = "transfer:"
 
 
 class Study:
@@ -41,7 +43,8 @@ class Study:
     model: trained. data: a Bundle. skip: layers that stay dense (default the first convolution and the
     classifier). samples: calibration images (training split). points: ranks per layer at which harm is
     measured. limit: only the first so many images of the split that results are measured on; first: report
-    accuracy on those apart, too.
+    accuracy on those apart, too. others: name -> batches of other images, normalised like the network's own,
+    for the variants `transfer:NAME`.
     """
 
     def __init__(
@@ -59,8 +62,9 @@ class Study:
         split: str = "test",
         limit: int | None = None,
         first: int | None = None,
+        others: Mapping[str, Iterable[Any]] | None = None,
     ) -> None:
-        self.first = first
+        self.first, self.others = first, dict(others or {})
         self.model, self.data, self.points = model.to(device).eval(), data, points
         self.device, self.batch_size, self.measure_samples = device, batch_size, measure_samples
         self.skip = end_layers(model) if skip is None else tuple(skip)
@@ -114,14 +118,19 @@ class Study:
 
     def plan(self, variant: str, format: str, ratio: float, by: str) -> Plan:
         """Ranks: uniform for frobenius and sigma, by harm for the others."""
-        rule = "uniform" if variant in ("frobenius", "sigma") else "global"
+        uniform = variant in ("frobenius", "sigma") or variant.startswith(TRANSFER)
+        rule = "uniform" if uniform else "global"
         curves = self.curves(format, by) if rule == "global" else None
         return plan(self.model, self.data.input_shape, format, ratio, by, self.skip, rule, curves=curves)
 
     def compressed(self, variant: str, table: Plan) -> nn.Module:
         """The network that the variant makes with these ranks."""
-        if variant not in VARIANTS:
-            raise unknown("variant", variant, VARIANTS)
+        valid = [*VARIANTS, *(TRANSFER + name for name in self.others)]
+        if variant not in valid:
+            raise unknown("variant", variant, valid)
+        if variant.startswith(TRANSFER):
+            images = self.others[variant.removeprefix(TRANSFER)]
+            return at_once(self.model, table, statistics(self.model, images, list(table)))
         if variant == "frobenius":
             return decompose(self.model, table)
         if variant == "sigma":

@@ -14,7 +14,7 @@ from tdlib.data import IMAGENET_MEAN, IMAGENET_STD, ArraySplit, Bundle
 from tdlib.errors import DataError
 from tdlib.records import read_record, record
 from tdlib.runs import parameter_hash
-from tdlib.sigma_study import Study
+from tdlib.sigma_study import TRANSFER, Study
 
 CHAPTER = "distribution_aware"
 
@@ -42,7 +42,7 @@ def sweep(
             for variant in variants:
                 full = {
                     **(parameters or {}),
-                    "method": variant,
+                    **_identity(variant),
                     "format": format,
                     "ratio": ratio,
                     "by": by,
@@ -53,7 +53,7 @@ def sweep(
                     found = read_record(path)
                     rows.append(full | found["metrics"] | {"ranks": found["tables"]["ranks"]})
                     continue
-                row = study.run(variant, format, ratio, by, of)
+                row = study.run(variant, format, ratio, by, of) | _identity(variant)
                 rows.append(row)
                 if parameters is not None:
                     metrics = {k: v for k, v in row.items() if k not in full and k != "ranks"}
@@ -71,6 +71,13 @@ def sweep(
                         notes=notes,
                     )
     return rows
+
+
+def _identity(variant: str) -> dict[str, str]:
+    """How a record names the variant."""
+    if variant.startswith(TRANSFER):
+        return {"method": "transfer", "calibration": variant.removeprefix(TRANSFER)}
+    return {"method": variant}
 
 
 def halves(folder: str | Path) -> Bundle:

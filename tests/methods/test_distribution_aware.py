@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import tdlib
-from tdlib.errors import BudgetError, CheckpointError, DataError, TdlibError
+from tdlib.errors import BudgetError, CheckpointError, DataError, TdlibError, UnknownName
 from tdlib.harm import HarmCurves, between
 from tdlib.layers.formats import get_format
 from tdlib.layers.weighted import factorise_weighted
 from tdlib.methods.distribution_aware import at_once, calibration_batches, in_sequence
+from tdlib.records import read_record
 from tdlib.sensitivity import call_order, divergence, logits
 from tdlib.sigma_study import VARIANTS, Study
 from tdlib.sigma_sweep import halves, sweep
@@ -184,6 +185,19 @@ def test_one_layer_in_sequence_equals_that_layer_at_once(study):
     a = at_once(study.model, table, study.statistics())
     b = in_sequence(study.model, table, study.batches)
     torch.testing.assert_close(tdlib.to_dense(a.conv2), tdlib.to_dense(b.conv2), atol=1e-3, rtol=1e-3)
+
+
+def test_a_sweep_with_the_moments_of_other_images_names_them(study, tmp_path):
+    noise = [torch.randn_like(x) for x in study.batches[:2]]
+    study.others["noise"] = noise
+    grid = (["transfer:noise"], ["tucker2"], [2.0], "params")
+    row = sweep(study, *grid, parameters={"dataset": "digits"}, directory=tmp_path)[0]
+    (path,) = tmp_path.glob("*.json")
+    assert read_record(path)["parameters"].items() >= {"method": "transfer", "calibration": "noise"}.items()
+    again = study.transfer({"noise": noise}, "tucker2", 2.0)[0]
+    assert row["test_accuracy"] == again["test_accuracy"]
+    with pytest.raises(UnknownName, match="transfer:noise"):
+        study.run("transfer:snow", "tucker2", 2.0)
 
 
 def test_sweeps_leave_records_and_continue(study, tmp_path):
