@@ -68,7 +68,7 @@ def spent(candidates: Sequence[Candidate], choice: Mapping[str, Ranks | None]) -
 
 
 def smallest(candidates: Sequence[Candidate]) -> Choice:
-    """Every rank at 1."""
+    """Every rank at its smallest."""
     return {c.name: c.clip((1,) * len(c.bounds)) for c in candidates}
 
 
@@ -114,12 +114,12 @@ def adjust(candidates: Sequence[Candidate], choice: Mapping[str, Ranks | None], 
 
 
 def _steps(candidate: Candidate, ranks: Ranks | None) -> list[tuple[Ranks, int]]:
-    """(ranks, added cost) of raising one rank by one."""
+    """(ranks, added cost) of raising one rank by one step."""
     if ranks is None:
         return []
-    found = []
+    found, step = [], candidate.multiple
     for k in range(len(ranks)):
-        raised = candidate.clip(tuple(r + (j == k) for j, r in enumerate(ranks)))
+        raised = candidate.clip(tuple(r + step * (j == k) for j, r in enumerate(ranks)))
         added = candidate.cost(raised) - candidate.cost(ranks)
         if added > 0 and candidate.smaller(raised) is not None:
             found.append((raised, added))
@@ -160,11 +160,11 @@ def _near(candidate: Candidate, ranks: Ranks | None) -> list[tuple[Ranks | None,
     """(ranks, cost) of dense and of the ranks around `ranks`, some 200 at most."""
     options: dict[Ranks | None, int] = {None: candidate.cost(None)}
     centre = ranks or candidate.bounds
-    reach = max(1, int((200 ** (1 / len(centre)) - 1) / 2))
+    reach, m = max(1, int((200 ** (1 / len(centre)) - 1) / 2)), candidate.multiple
     if 3 ** len(centre) > 2000:
-        around: list[Ranks] = [tuple(r + s for r in centre) for s in range(-20, 21)]
+        around: list[Ranks] = [tuple(r + m * s for r in centre) for s in range(-20, 21)]
     else:
-        around = list(product(*(range(r - reach, r + reach + 1) for r in centre)))
+        around = list(product(*(range(r - m * reach, r + m * reach + 1, m) for r in centre)))
     for trial in around:
         clipped = candidate.clip(tuple(max(1, r) for r in trial))
         if candidate.smaller(clipped) is not None:

@@ -31,6 +31,7 @@ class Candidate:
     calls: Sequence[Call]
     by: str
     allow_larger: bool = False
+    multiple: int = 1  # of which every rank is, where its bound allows
     _costs: dict[Ranks, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
@@ -50,11 +51,19 @@ class Candidate:
 
     def at(self, fraction: float) -> Ranks:
         """Ranks of the format's uniform family."""
-        return self.format.at(self.shape, fraction, **self.options)
+        return self._aligned(self.format.at(self.shape, fraction, **self.options))
 
     def clip(self, ranks: Sequence[int]) -> Ranks:
         """Effective ranks."""
-        return self.format.clip(self.shape, ranks, **self.options)
+        return self._aligned(self.format.clip(self.shape, ranks, **self.options))
+
+    def _aligned(self, ranks: Ranks) -> Ranks:
+        """The nearest multiples; a bound that is no multiple may be reached."""
+        if self.multiple == 1:
+            return ranks
+        m = self.multiple
+        near = [min(max(m, m * round(r / m)), b) for r, b in zip(ranks, self.bounds, strict=True)]
+        return self.format.clip(self.shape, near, **self.options)
 
     def both(self, ranks: Ranks | None) -> tuple[int, int]:
         """(params, macs) at these ranks; None is dense."""
@@ -94,6 +103,7 @@ def candidates(
     skip: Sequence[str],
     options: Mapping[str, Any],
     allow_larger: bool = False,
+    multiple: int = 1,
 ) -> tuple[list[Candidate], dict[str, str]]:
     """(layers that can be decomposed, {layer that stays dense: reason}).
 
@@ -127,10 +137,12 @@ def candidates(
         except TdlibError as error:
             raise type(error)(f"layer {name!r}: {error}") from error
         stride = tuple(layer.stride) if isinstance(layer, nn.Conv2d) else (1, 1)
-        candidate = Candidate(name, scheme, chosen, layer.weight.detach(), stride, calls, by, allow_larger)
+        candidate = Candidate(
+            name, scheme, chosen, layer.weight.detach(), stride, calls, by, allow_larger, multiple
+        )
         if candidate.smaller(candidate.clip((1,) * len(candidate.bounds))) is None:
             skipped[name] = (
-                f"cannot gain: even at rank 1 the {format} layer is not smaller than the dense one"
+                f"cannot gain: even at rank {multiple} the {format} layer is not smaller than the dense one"
             )
             continue
         found.append(candidate)

@@ -122,11 +122,13 @@ def global_(candidates: Sequence[Candidate], request: Request) -> Choice:
     if given is None:
         given = {c.name: harm(weight_curve(c, whitened(c, request.statistics))) for c in candidates}
     curves = {c.name: given[c.name] if isinstance(given, Mapping) else given(c) for c in candidates}
-    choice = global_ranks(curves, {c.name: c.cost(None) for c in candidates}, budget.limit)
-    choice = {c.name: None if (r := choice[c.name]) is None else c.smaller(c.clip(r)) for c in candidates}
-    if spent(candidates, choice) > budget.limit:
-        choice = smallest(candidates)
-    return adjust(candidates, choice, budget)
+    costs = {c.name: c.cost(None) for c in candidates}
+    for share in range(100, 50, -2):  # rounding to multiples of a rank may exceed the budget
+        picked = global_ranks(curves, costs, budget.limit * share / 100)
+        choice = {c.name: None if (r := picked[c.name]) is None else c.smaller(c.clip(r)) for c in candidates}
+        if spent(candidates, choice) <= budget.limit:
+            return adjust(candidates, choice, budget)
+    return adjust(candidates, smallest(candidates), budget)
 
 
 RULES: dict[str, Callable[[Sequence[Candidate], Request], Choice]] = {

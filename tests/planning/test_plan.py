@@ -10,6 +10,7 @@ from torch import nn
 import tdlib
 from tdlib.errors import BudgetError, RankError, TdlibError, UnknownName
 from tdlib.layers import skeleton
+from tdlib.layers.formats import get_format
 from tdlib.planning.rules import RULES, global_ranks
 
 SHAPE = (3, 16, 16)
@@ -335,3 +336,22 @@ def test_papers_uniform_fractions_for_resnet32():
     plan = tdlib.plan(model, (3, 32, 32), ratio=2.33, skip=("conv1", "linear"))
     assert abs(plan.ratio - 2.33) < 0.0466 and abs(plan.macs_ratio - 2.26) < 0.1
     assert plan["layer2.1.conv1"][0] in (17, 18) and plan["layer3.1.conv2"][0] in (34, 35, 36)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "energy", "global"])
+@pytest.mark.parametrize("format", ["tucker2", "tt", "svd", "cp"])
+def test_ranks_are_multiples_or_bounds_and_the_budget_is_met(rule, format):
+    torch.manual_seed(0)
+    model = tdlib.models.build("resnet20", 10)
+    plan = tdlib.plan(model, (3, 32, 32), format, 2.0, rule=rule, multiple=4)
+    for name, ranks in plan.items():
+        row = plan.rows[name]
+        bounds = get_format(row.format).bounds(row.shape)
+        assert all(r % 4 == 0 or r == b for r, b in zip(ranks, bounds, strict=True)), (name, ranks, bounds)
+    assert plan.ratio == pytest.approx(2.0, rel=0.02)
+    assert any(r % 8 for ranks in plan.values() for r in ranks)  # not coarser than asked for
+
+
+def test_a_multiple_below_one_is_refused():
+    with pytest.raises(RankError, match="multiple must be at least 1"):
+        tdlib.plan(tdlib.models.build("cnn", 10), (1, 8, 8), "tucker2", 2.0, multiple=0)
