@@ -60,7 +60,7 @@ def plan(
     input_shape: ShapeOption = None,
     weights: WeightsOption = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Option of the format: key=value.")
+        list[str] | None, typer.Option("--set", help="Option of the format, or multiple=16: key=value.")
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -70,7 +70,7 @@ def plan(
     \b
     Examples:
       tdlib plan resnet20 --classes 10 --input-shape 3,32,32 --format tt --ratio 2.4
-      tdlib plan dense.safetensors --format tucker2 --ratio 2 --by macs --skip conv1
+      tdlib plan dense.safetensors --format tucker2 --ratio 2 --by macs --skip conv1 --set multiple=4
     """
     import tdlib
 
