@@ -7,6 +7,7 @@ An error is one line on stderr; ``--debug`` shows the traceback instead.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -26,12 +27,19 @@ Examples:
 """
 
 
+def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line on stderr, without the place in the code."""
+    typer.echo(f"warning: {message}", err=True)
+
+
 class OneLineErrors(TyperGroup):
     """Runs a command; whatever it raises becomes one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = one_line_warning
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             sys.exit(130)

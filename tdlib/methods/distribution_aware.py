@@ -17,7 +17,7 @@ Beyond it, each with a switch:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -45,7 +45,9 @@ from ..layers.formats import get_format
 from ..layers.replace import decompose
 from ..layers.weighted import factorise_weighted
 from ..planning import Plan, count, plan
-from ..planning.candidates import candidates
+from ..planning.candidates import Candidate, candidates
+from ..planning.curves import Point
+from ..progress import counter, track
 from ..sensitivity import call_order, damped, divergence, fisher, logits, paired
 from ..tensor.sigma_norm import corrected_target, sigma_error
 from .direct import accuracies, end_layers
@@ -104,6 +106,7 @@ def compress(
     recalibrate: bool = False,
     bias_correction: bool = False,
     evaluate: bool = True,
+    progress: bool = False,
     device: str | torch.device | None = None,
 ) -> nn.Module:
     """Compress without training to `ratio` = dense / compressed, from unlabelled calibration inputs.
@@ -114,8 +117,8 @@ def compress(
     per image and layer instead of all. points: ranks per layer at which harm is measured, on
     `measure_samples` inputs, for rule "global"; 0, the default, trusts the prediction, which chose better in
     our trials. ranks: an explicit table instead of a rule. evaluate: also measure accuracy where `data` is a
-    Bundle. `model` is not changed; its report is in `result._tdlib["report"]`. Raises: as `plan` and
-    `statistics`.
+    Bundle. progress: show bars. `model` is not changed; its report is in `result._tdlib["report"]`. Raises:
+    as `plan` and `statistics`.
     """
     started = time.perf_counter()
     row = get_format(format)
@@ -134,7 +137,13 @@ def compress(
         names = [n for n in names if any(fnmatchcase(n, pattern) for pattern in ranks)]
     given = load_statistics(statistics) if isinstance(statistics, (str, Path)) else statistics
     stats = (
-        take_statistics(model, batches, names or None, positions=positions, seed=seed)
+        take_statistics(
+            model,
+            track(batches, "statistics", "batch", progress),
+            names or None,
+            positions=positions,
+            seed=seed,
+        )
         if given is None
         else given
     )
@@ -143,19 +152,26 @@ def compress(
     if weigh_outputs and stats.weights:
         weights = stats.weights
     elif weigh_outputs and names:
-        found = fisher(model, batches, names, temperature=TEMPERATURE, seed=seed)
+        passes = track(batches, "sensitivity", "batch", progress)
+        found = fisher(model, passes, names, temperature=TEMPERATURE, seed=seed)
         weights = {n: damped(h) for n, h in found.items()}
     curves = None
     if rule == "global" and ranks is None:
         probe = list(limited(batches, measure_samples))
         curves = HarmCurves(model, stats, weights, probe, points)
     target = ratio if ranks is None else None
-    table = plan(model, shape, format, target, by, skip, rule, ranks, stats, curves=curves, **settings)
+    with counter(len(names) if curves else 0, "ranks", "layer", progress and curves is not None) as done:
+        table = plan(
+            model, shape, format, target, by, skip, rule, ranks, stats,
+            curves=None if curves is None else _counted(curves, done), **settings,
+        )  # fmt: skip
     seconds["ranks"] = time.perf_counter() - started - sum(seconds.values())
     if sequential and given is None:
-        small = in_sequence(model, table, batches, weights, bias_correction=bias_correction)
+        small = in_sequence(
+            model, table, batches, weights, bias_correction=bias_correction, progress=progress
+        )
     else:
-        small = at_once(model, table, stats, weights)
+        small = at_once(model, table, stats, weights, progress=progress)
         if bias_correction:
             correct_bias(small, model, stats, table, batches[0])
     about: dict[str, Any] = vars(small)["_tdlib"]
@@ -191,6 +207,17 @@ def compress(
     return small
 
 
+def _counted(curves: HarmCurves, done: Callable[[], None]) -> Callable[[Candidate], list[Point]]:
+    """The curves, calling `done` after each."""
+
+    def one(candidate: Candidate) -> list[Point]:
+        curve = curves(candidate)
+        done()
+        return curve
+
+    return one
+
+
 def limited(batches: Iterable[Tensor], samples: int) -> Iterable[Tensor]:
     """The first `samples` inputs of the batches."""
     for x in batches:
@@ -205,10 +232,12 @@ def at_once(
     table: Plan,
     statistics: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None = None,
+    *,
+    progress: bool = False,
 ) -> nn.Module:
     """Every planned layer decomposed under its Sigma of the dense network (the paper), and its H if given."""
     small = decompose(model, {})
-    for name in table:
+    for name in track(table, "decomposition", "layer", progress):
         layer = model.get_submodule(name)
         H = None if weights is None else weights[name]
         replace(small, name, layer, model.get_parameter(f"{name}.weight"), table, statistics[name], H)
@@ -222,6 +251,7 @@ def in_sequence(
     weights: Mapping[str, Tensor] | None = None,
     *,
     bias_correction: bool = False,
+    progress: bool = False,
 ) -> nn.Module:
     """Planned layers replaced in the order in which they run, each fitted to the dense network's output.
 
@@ -230,7 +260,8 @@ def in_sequence(
     about their means, and the difference of means goes into the bias (or the BatchNorm behind).
     """
     small = decompose(model, {})
-    for name in call_order(model, table, batches[0][:1]):
+    order = call_order(model, table, batches[0][:1])
+    for name in track(order, "decomposition", "layer", progress):
         layer = model.get_submodule(name)
         p = paired(model, small, name, batches)
         sigma, cross = p.sigma, p.cross

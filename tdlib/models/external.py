@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import DataError, UnknownName
@@ -56,7 +58,13 @@ def build_torchvision(
     options.pop("init_weights", None)
     options.pop("aux_logits", None)
     known = len(entry.meta["categories"])
-    model = torchvision.models.get_model(name, weights=entry, **options)
+    try:
+        model = torchvision.models.get_model(name, weights=entry, **options)
+    except OSError as error:  # no network, no disk space, no permission
+        raise DataError(
+            f"weights {entry.name} of {name} could not be downloaded ({error}); give a local file of weights "
+            f"instead, or put {Path(entry.url).name} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+        ) from error
     if known != classes:
         _replace_head(model, classes)
     return _adapt_input(model, shape), known

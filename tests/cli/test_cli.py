@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -232,3 +233,17 @@ def test_weights_of_other_classes_with_training_get_a_fresh_last_layer(user):
     )
     assert result.exit_code == 0, result.stderr
     assert tdlib.load(user / "x.safetensors")(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+
+
+@pytest.mark.filterwarnings("default:this is odd")
+def test_a_warning_is_one_line(user, monkeypatch):
+    count = tdlib.count
+
+    def odd(*arguments, **options):
+        warnings.warn("this is odd", stacklevel=2)
+        return count(*arguments, **options)
+
+    monkeypatch.setattr(tdlib, "count", odd)
+    result = run("count", "resnet20", "--classes", "10", "--input-shape", "3,32,32")
+    assert result.exit_code == 0 and "warning: this is odd\n" in result.stderr
+    assert "UserWarning" not in result.stderr

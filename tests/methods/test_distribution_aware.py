@@ -221,3 +221,14 @@ def test_halves_keeps_the_networks_class_order(tmp_path):
     Image.new("RGB", (9, 8)).save(tmp_path / "000_class" / "b.png")
     with pytest.raises(DataError, match="one size"):
         halves(tmp_path)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_progress_shows_every_stage(study, capsys, sequential):
+    arguments = dict(ratio=2.0, samples=40, sequential=sequential, evaluate=False)
+    quiet = tdlib.compress(study.model, "distribution-aware", study.data, **arguments)
+    assert capsys.readouterr().err == ""
+    shown = tdlib.compress(study.model, "distribution-aware", study.data, progress=True, **arguments)
+    bars = capsys.readouterr().err
+    assert all(stage in bars for stage in ("statistics", "sensitivity", "ranks", "decomposition"))
+    assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), shown.parameters(), strict=True))

@@ -1,5 +1,7 @@
 """Models: exact counts, names of public checkpoints, weights from files, errors that say what is valid."""
 
+import urllib.error
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -219,3 +221,14 @@ def test_every_shipped_network_says_what_it_is_and_loads_by_name():
         same = models.build(meta["name"], int(meta["classes"]), weights=name)
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), same.parameters(), strict=True))
         assert (models.ZOO / f"{name}.safetensors").stat().st_size <= 2**20
+
+
+def test_weights_that_cannot_be_downloaded_name_the_file_to_provide(monkeypatch):
+    import torchvision
+
+    def fail(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "get_model", fail)
+    with pytest.raises(DataError, match=r"could not be downloaded.*no route.*resnet18-f37072fd\.pth"):
+        models.build("resnet18", 1000, weights="DEFAULT")
