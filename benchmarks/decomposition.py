@@ -21,7 +21,7 @@ from .timing import Row, Run, clock, measure, timed
 
 TOPIC = "decomposition"
 DEFAULT, BEST = "TensorLy, defaults", "TensorLy, best settings"
-LARGE = 512  # from here the target of 60x applies, and TensorLy's default CP4 gets 20 sweeps (it takes minutes)
+LARGE = 512  # from here the target of 60x applies, and TensorLy's default CP4 (minutes) gets 20 sweeps
 TARGETS = {  # (peer, format): least ratio. Tucker-2's are for whole networks
     (DEFAULT, "network"): 7.0,
     (BEST, "network"): 3.0,
