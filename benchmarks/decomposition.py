@@ -117,10 +117,15 @@ def _kernel_row(format: str, size: int, rank: int, best: bool) -> Row:
 
 
 def sweeps_to(T: Tensor, rank: int, error: float) -> int:
-    """Sweeps after which ``cp_als`` is at most at ``error`` (its default number if never)."""
-    trace: list[float] = []
-    cp.cp_als(T, rank, ridge=cp.RIDGE, trace=trace)
-    return next((n for n, reached in enumerate(trace, 1) if reached <= error), cp.SWEEPS)
+    """The least number of sweeps with which ``cp_als`` ends at most at ``error`` (its default if none)."""
+    low, high = 1, cp.SWEEPS
+    while low < high:
+        middle = (low + high) // 2
+        if _cp_error(T, cp.cp_als(T, rank, sweeps=middle, tol=0.0)) <= error:
+            high = middle
+        else:
+            low = middle + 1
+    return high
 
 
 def _cp_error(T: Tensor, found: Any) -> float:
