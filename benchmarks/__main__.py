@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     topics = options.only or list(TOPICS)
     out = options.out or (None if options.quick else RESULTS)
     rows: list[Row] = []
+    suffix = "" if options.device == "cpu" else " on GPU"  # beside the rows of the CPU, not in their place
     for topic in topics:
         started, before = time.perf_counter(), len(rows)
         print(f"\n{topic}", flush=True)
@@ -39,10 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
         for row in (
             module.rows(options.quick) if topic in CPU_ONLY else module.rows(options.quick, options.device)
         ):
+            row.topic += "" if topic in CPU_ONLY else suffix
             rows.append(row)
             print(line(row), flush=True)
             if out is not None:
-                write(out, merge(out, rows, topics, machine(options.device, options.quick)))
+                write(out, merge(out, rows, machine(options.device, options.quick)))
         print(f"{len(rows) - before} rows in {time.perf_counter() - started:.0f} s", flush=True)
     print("\n" + summary(rows))
     if out is not None:

@@ -52,8 +52,9 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def merge(path: Path, rows: Sequence[Row], topics: Sequence[str], where: dict[str, Any]) -> dict[str, Any]:
+def merge(path: Path, rows: Sequence[Row], where: dict[str, Any]) -> dict[str, Any]:
     """New rows replace those of the same topics in the file; the others stay, each with its own machine."""
+    topics = {row.topic for row in rows}
     old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     kept = [row for row in old.get("rows", []) if row["topic"] not in topics]
     machines = {t: m for t, m in old.get("machines", {}).items() if t not in topics}

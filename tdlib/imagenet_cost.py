@@ -28,7 +28,7 @@ def measured(results: Mapping[str, Any], network: str = "resnet18") -> dict[str,
         if speed is None or network not in row["name"] or "224" not in row["name"]:
             continue
         place = found.setdefault(name, {"device": device, "cores": machine["threads"]})
-        if row["topic"] == "training":
+        if row["topic"].startswith("training"):
             place["training"] = speed
         else:
             place |= {"forward": speed, "statistics": row["ratio"]}

@@ -55,12 +55,12 @@ def test_measure_alternates_and_reads_the_errors_from_the_runs():
 
 def test_new_rows_replace_their_topic_and_leave_the_others(tmp_path):
     path = tmp_path / "results.json"
-    first = report.merge(path, [row()], ["t"], {"cpu": "one"})
+    first = report.merge(path, [row()], {"cpu": "one"})
     report.write(path, first)
     other = timing.Row("u", "n", "a", "b")
-    found = report.merge(path, [other], ["u"], {"cpu": "two"})
+    found = report.merge(path, [other], {"cpu": "two"})
     assert [r["topic"] for r in found["rows"]] == ["t", "u"] and found["machines"]["t"] == {"cpu": "one"}
-    assert report.merge(path, [row(3.0)], ["t"], {"cpu": "new"})["rows"][0]["ratio"] == 3.0
+    assert report.merge(path, [row(3.0)], {"cpu": "new"})["rows"][0]["ratio"] == 3.0
     json.dumps(found, allow_nan=False)
     assert "targets met" in report.summary([row(target=3.0)]) and "n" in report.line(other)
 
