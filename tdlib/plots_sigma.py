@@ -29,7 +29,7 @@ def against_ratio(rows: Any, dense: float | None = None, x: str = "ratio", xlabe
     """Accuracy and KL divergence against the ratio, a line per variant, a row of panels per format."""
     frame = named(rows)
     formats = list(dict.fromkeys(frame["format"]))
-    fig, axes = new(len(formats), 2, size=(9.2, 3.3 * len(formats)))
+    fig, axes = new(len(formats), 2, size=(10.4, 3.2 * len(formats)))
     with styled():
         for panels, name in zip(axes, formats, strict=True):
             part = frame[frame["format"] == name]
@@ -39,7 +39,8 @@ def against_ratio(rows: Any, dense: float | None = None, x: str = "ratio", xlabe
                 panels[0].axhline(dense, color=COLOURS["dense"], ls="--", lw=1.2, label="dense")
             panels[0].set(xlabel=xlabel, ylabel="accuracy (%)", title=name)
             panels[1].set(xlabel=xlabel, ylabel="KL from the dense outputs", yscale="log", title=name)
-            panels[0].legend()
+            lines = panels[0].get_legend_handles_labels()
+            panels[1].legend(*lines, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return fig
 
 
