@@ -35,8 +35,8 @@ def load(
     val_fraction: float = 0.1,
     image_size: int | None = None,
     limit: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | str | None = None,
+    std: Sequence[float] | str | None = None,
 ) -> Bundle:
     """Load a data set.
 
@@ -49,8 +49,8 @@ def load(
     data come with their own validation set).
     image_size: resize to this side; image folders: default the median shorter side, at most 224.
     limit: at most this many images per split, evenly over the classes (quick runs).
-    mean, std: per-channel normalisation in [0, 1] pixel units; default the usual constants for CIFAR and
-    image files, else computed from the training split.
+    mean, std: per-channel normalisation in [0, 1] pixel units, as numbers or as text ("0.485, 0.456, 0.406");
+    default the usual constants for CIFAR and image files, else computed from the training split.
 
     Raises DataError before any training starts, UnknownName for unknown names.
     """
@@ -58,6 +58,7 @@ def load(
         raise DataError(f"image_size must be at least 4, got {image_size}")
     if limit is not None and limit < 2:
         raise DataError(f"limit must be at least 2, got {limit}")
+    mean, std = _numbers("mean", mean), _numbers("std", std)
     kind, _, path = name.partition(":")
     if kind == "imagefolder" and path:
         return _folder(name, Path(path).expanduser(), seed, val_fraction, image_size, limit, mean, std)
@@ -78,6 +79,16 @@ def load(
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UnknownName(f"unknown data set {name!r}.{hint} Valid: {', '.join(available())}")
     return _bundle(name, arrays, augment, seed, val_fraction, image_size, limit, mean, std)
+
+
+def _numbers(name: str, value: Sequence[float] | str | None) -> Sequence[float] | None:
+    """Numbers given as such or as text with commas."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError as error:
+        raise DataError(f'{name} must be numbers like "0.485, 0.456, 0.406", got {value!r}') from error
 
 
 def _bundle(

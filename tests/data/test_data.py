@@ -296,3 +296,11 @@ def test_random_areas_lie_inside():
     for i in range(50):
         box = data_files._random_area((40, 20), 0.25, data_sources.torch.Generator().manual_seed(i))
         assert 0 <= box[0] < box[2] <= 40.001 and 0 <= box[1] < box[3] <= 20.001
+
+
+def test_normalisation_may_be_text():
+    as_text = data.load("digits", mean="0.25", std="0.5")
+    as_numbers = data.load("digits", mean=[0.25], std=[0.5])
+    assert as_text.mean == as_numbers.mean == (0.25,) and as_text.fingerprint == as_numbers.fingerprint
+    with pytest.raises(DataError, match=r"std must be numbers like .*, got 'half'"):
+        data.load("digits", std="half")
