@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def track(items: Collection[T], text: str, unit: str, show: bool) -> Iterator[T] | Collection[T]:
+def track(items: Iterable[T], text: str, unit: str, show: bool) -> Iterable[T]:
     """The items, with a bar on stderr while they are gone through; unchanged where `show` is False."""
     if not show:
         return items

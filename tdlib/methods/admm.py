@@ -33,11 +33,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, TdlibError
-from ..planning import Plan
-from ..train import Context, History, Hook, fit
-from .direct import accuracies, finish, make_plan, require_finished, stage, training_options
-from .projection import Group, dense_weight, group_layers, project_groups, relative_distance
+from tdlib.errors import CheckpointError, TdlibError
+from tdlib.formats import decompose
+from tdlib.formats.projection import Projection, dense_weight, relative_distance
+from tdlib.planning import Plan
+from tdlib.train import Context, History, Hook, fit, require_finished
+
+
+def admm(
+    model: nn.Module,
+    data: Any,
+    plan: Plan,
+    *,
+    epochs: int = 20,
+    rho: float = 1e-3,
+    lr: float = 0.05,
+    track_distance: bool = False,
+    **training: Any,
+) -> tuple[nn.Module, dict[str, list[dict[str, Any]]]]:
+    """ADMM epochs on a copy of the dense `model`, then the decomposition of W at the planned ranks.
+
+    Arguments and table "admm" (a row per epoch): see `regularise`.
+    """
+    w, history = regularise(
+        model, data, plan, epochs=epochs, rho=rho, lr=lr, track_distance=track_distance, **training
+    )
+    return decompose(w, plan), {"admm": history.rows}
+
+
+def regularise(
+    model: nn.Module,
+    data: Any,
+    plan: Plan,
+    *,
+    epochs: int,
+    rho: float = 1e-3,
+    track_distance: bool = False,
+    hooks: Sequence[Hook] = (),
+    **training: Any,
+) -> tuple[nn.Module, History]:
+    """(W after `epochs` with the penalty towards `plan`, the history with the columns of `ADMM`).
+
+    `model` is not changed. Other arguments go to `train.fit`.
+    """
+    w = copy.deepcopy(model)
+    hook = ADMM(plan, rho, track_distance)
+    history = fit(w, data, epochs=epochs, hooks=(*hooks, hook), **training)
+    require_finished(history)
+    return w, history
 
 
 def pull(rho: float, lr: float, steps: int, momentum: float = 0.9) -> float:
@@ -54,40 +97,28 @@ class ADMM(Hook):
     """Training hook that carries out equations (2) to (4).
 
     rho: penalty weight; 0 makes the hook an observer of plain training (Z = P(W), U = 0, nothing is pulled).
-    rho_schedule: ((fraction of epochs, factor), ...), e.g. ((0.85, 5.0),): from that epoch on rho is rho *
-    factor, and U is rescaled by old/new, because the scaled dual is the multiplier divided by rho.
     track_distance: also record `distance` = ||W - P(W)|| / ||W|| after each epoch (one more projection).
 
     Columns added to the history: `gap` = ||W - Z|| / ||W|| over all layers and `gap:LAYER` for each,
     `penalty` (value of the penalty term; the reported loss stays the task's), `rho`, `projection_seconds`.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        rho: float = 1e-3,
-        rho_schedule: Sequence[tuple[float, float]] = (),
-        track_distance: bool = False,
-    ) -> None:
+    def __init__(self, plan: Plan, rho: float = 1e-3, track_distance: bool = False) -> None:
         if rho < 0:
             raise TdlibError(f"rho must not be negative, got {rho}")
-        self.plan, self.base_rho, self.rho = plan, rho, rho
-        self.rho_schedule = tuple(sorted(rho_schedule))
-        self.track_distance = track_distance
+        self.plan, self.rho, self.track_distance = plan, rho, track_distance
         self.z: dict[str, Tensor] = {}
         self.u: dict[str, Tensor] = {}
         self.seconds = 0.0
-        self.groups: list[Group] = []
         self._weights: dict[str, nn.Parameter] = {}
         self._shift: list[Tensor] = []  # U - Z, so that the gradient of the penalty is rho * (W + shift)
         self._updated = -1  # last epoch whose Z and U are done, so that a resumed epoch does not update twice
 
     def on_start(self, ctx: Context) -> None:
-        modules = dict(ctx.model.named_modules())
-        self.groups = group_layers(ctx.model, self.plan)
-        self._weights = {name: dense_weight(modules[name]) for name in self.plan}
+        self.project = Projection(ctx.model, self.plan)
+        self._weights = {name: dense_weight(ctx.model, name) for name in self.plan}
         if self._updated < 0:
-            self.z = project_groups(self._kernels(), self.groups)
+            self.z = self.project(self._kernels())
             self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
         self._place()
 
@@ -96,7 +127,6 @@ class ADMM(Hook):
         if ctx.epoch <= self._updated:
             return
         started = _now(ctx.device)
-        self._set_rho(ctx.epoch / max(ctx.epochs, 1))
         self.update()
         self._updated = ctx.epoch
         self.seconds = _now(ctx.device) - started
@@ -104,7 +134,7 @@ class ADMM(Hook):
     def update(self) -> None:
         """Equations (2) and (3), all layers."""
         w = self._kernels()
-        self.z = project_groups({name: w[name] + self.u[name] for name in w}, self.groups)
+        self.z = self.project({name: w[name] + self.u[name] for name in w})
         if self.rho > 0:
             self.u = {name: self.u[name] + w[name] - self.z[name] for name in w}
         self._place()
@@ -129,12 +159,12 @@ class ADMM(Hook):
         distance = [(w[name] - self.z[name] + self.u[name]).square().sum() for name in w]
         ctx.row["penalty"] = self.rho / 2 * float(torch.stack(distance).sum())
         if self.track_distance:
-            ctx.row["distance"] = relative_distance(w, project_groups(w, self.groups))[0]
+            ctx.row["distance"] = relative_distance(w, self.project(w))[0]
         ctx.row.update({f"gap:{name}": value for name, value in gaps.items()})
         ctx.row["projection_seconds"] = self.seconds + _now(ctx.device) - started
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"z": dict(self.z), "u": dict(self.u), "rho": self.rho, "updated": self._updated}
+        state = {"z": dict(self.z), "u": dict(self.u), "updated": self._updated}
         return state | {"settings": self._settings(), "seconds": self.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -143,13 +173,12 @@ class ADMM(Hook):
             there = state["settings"]
             raise CheckpointError(f"the checkpoint's ADMM had {there}, this one has {self._settings()}")
         self.z, self.u = dict(state["z"]), dict(state["u"])
-        self.rho, self._updated = float(state["rho"]), int(state["updated"])
-        self.seconds = float(state["seconds"])
+        self._updated, self.seconds = int(state["updated"]), float(state["seconds"])
         self._place()
 
     def _settings(self) -> str:
-        layers = {name: (self.plan.formats[name], tuple(self.plan[name])) for name in self.plan}
-        return f"rho {self.base_rho}, schedule {self.rho_schedule}, layers {layers}"
+        layers = {name: (layer.format, layer.ranks, layer.options) for name, layer in self.plan.items()}
+        return f"rho {self.rho}, layers {layers}"
 
     def _kernels(self) -> dict[str, Tensor]:
         return {name: weight.detach().float() for name, weight in self._weights.items()}
@@ -159,87 +188,6 @@ class ADMM(Hook):
             self.z[name] = self.z[name].to(weight.device, torch.float32)
             self.u[name] = self.u[name].to(weight.device, torch.float32)
         self._shift = [(self.u[name] - self.z[name]).to(w.dtype) for name, w in self._weights.items()]
-
-    def _set_rho(self, progress: float) -> None:
-        factor = 1.0
-        for start, value in self.rho_schedule:
-            factor = value if progress >= start else factor
-        new = self.base_rho * factor
-        if new != self.rho and new > 0:
-            self.u = {name: u * (self.rho / new) for name, u in self.u.items()}
-        self.rho = new
-
-
-def train_admm(
-    model: nn.Module,
-    data: Any,
-    plan: Plan,
-    *,
-    epochs: int,
-    rho: float = 1e-3,
-    rho_schedule: Sequence[tuple[float, float]] = (),
-    track_distance: bool = False,
-    hooks: Sequence[Hook] = (),
-    **training: Any,
-) -> tuple[History, ADMM]:
-    """Train `model` in place for `epochs` with the ADMM penalty towards `plan`. Other arguments go to
-    `train.fit`.
-
-    Returns the history (with the columns of `ADMM`) and the hook, whose `z` and `u` can be inspected.
-    """
-    admm = ADMM(plan, rho, rho_schedule, track_distance)
-    return fit(model, data, epochs=epochs, hooks=(*hooks, admm), **training), admm
-
-
-def compress(
-    model: nn.Module,
-    data: Any,
-    *,
-    ratio: float,
-    by: str = "params",
-    seed: int = 0,
-    format: str = "tt",
-    skip: Sequence[str] | None = None,
-    rule: str = "uniform",
-    ranks: Mapping[str, Sequence[int]] | None = None,
-    options: Mapping[str, Any] | None = None,
-    dense_epochs: int = 0,
-    epochs: int = 20,
-    rho: float = 1e-3,
-    rho_schedule: Sequence[tuple[float, float]] = (),
-    finetune_epochs: int = 10,
-    lr: float = 0.05,
-    finetune_lr: float = 0.01,
-    progress: bool = True,
-    **training: Any,
-) -> nn.Module:
-    """Compress by ADMM: (dense training) -> ADMM epochs -> decomposition of W -> fine-tuning.
-
-    `model` is not changed. dense_epochs > 0 trains it first, for a model that comes untrained. skip None
-    leaves the first convolution and the classifier dense, as in the paper. Other keyword arguments go to
-    `train.fit`. The measurements are in `result._tdlib["report"]`: accuracies in percent on validation and
-    test split of the dense model, of W after ADMM, after decomposition (`before`) and after fine-tuning
-    (`after`), achieved ratios, histories.
-    """
-    training = training_options(training, seed=seed, progress=progress)
-    device, started = training.get("device"), time.perf_counter()
-    dense = copy.deepcopy(model)
-    report: dict[str, Any] = {"method": "admm", "rho": rho, "epochs": epochs, "history": {}}
-    if dense_epochs:
-        history = fit(dense, data, epochs=dense_epochs, lr=lr, **stage(training, "dense", started))
-        require_finished(history)
-        report["history"]["dense"] = history.rows
-    report["dense"] = accuracies(dense, data, device)
-    plan = make_plan(dense, data, format, ratio, by, skip=skip, rule=rule, ranks=ranks, options=options)
-    history, _ = train_admm(
-        dense, data, plan, epochs=epochs, rho=rho, rho_schedule=rho_schedule, lr=lr,
-        **stage(training, "admm", started),
-    )  # fmt: skip
-    require_finished(history)
-    report["history"]["admm"] = history.rows
-    report["admm"] = accuracies(dense, data, device)
-    training = stage(training, "finetune", started)
-    return finish(dense, data, plan, report, epochs=finetune_epochs, lr=finetune_lr, training=training)
 
 
 def _now(device: Any) -> float:

@@ -11,7 +11,7 @@ Multi-Stage Compression of Neural Networks" (first named "One time is not enough
             fine-tune the network; stop when validation accuracy has not risen for `patience` epochs
 
 A k×k convolution becomes Tucker-2 (or CP), a 1×1 convolution or linear layer an SVD. The ranks of the last
-pass are trimmed, so that it ends at the budget and not below.
+pass are trimmed, so that it ends at the budget and not below it.
 
 From the second pass on only the Tucker core G (or the second factor of the SVD) is decomposed, and the new
 outer factors A, B are multiplied into the 1×1 convolutions around it, so a chain never grows:
@@ -19,7 +19,7 @@ outer factors A, B are multiplied into the 1×1 convolutions around it, so a cha
     W = G x_0 U x_1 V,   G ~ G' x_0 A x_1 B   =>   W ~ G' x_0 (U A) x_1 (V B)                       (3)
 
 Fine-tuning makes U and V lose their orthonormal columns; the core nearest to G is then not the one nearest to
-W. With `orthogonal` (default) the triangular factors of U and V move into G first, which makes (3) the
+W. With `orthogonal` (default; ours) the triangular factors of U and V move into G first, which makes (3) the
 Tucker-2 projection of W itself; `orthogonal=False` is the published step. A CP core is diagonal, so a smaller
 rank is fitted to the kernel.
 """
@@ -28,30 +28,98 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..errors import TdlibError, unknown
-from ..layers.replace import decompose
-from ..planning import Plan, plan
-from ..planning.budget import Budget, Choice, make_budget, spent
-from ..planning.candidates import Ranks, candidates
-from ..planning.cost import count
-from ..planning.shrinking import accept, check_reachable, check_rule, next_ranks, trim
-from ..train import evaluate, fit
-from .direct import (
-    accuracies,
-    decompose_and_finetune,
-    end_layers,
-    require_finished,
-    stage,
-    training_options,
-)
-from .stepwise import EarlyStopping, Layer, recalibrated
+from tdlib.decompositions.svd import SVD, svd_factors
+from tdlib.decompositions.tucker import TUCKER2, tucker2
+from tdlib.errors import NonFiniteError, TdlibError, unknown
+from tdlib.formats import Factors, LayerPlan, Ranks, install, to_dense
+from tdlib.formats.chains import bias_of
+from tdlib.planning import Plan, count
+from tdlib.planning.budget import Budget, Choice, make_budget, spent
+from tdlib.planning.candidates import Candidate, candidates
+from tdlib.planning.shrinking import accept, check_reachable, check_rule, next_ranks, trim
+from tdlib.train import EarlyStopping, evaluate, fit, require_finished, stage
 
 FORMATS = ("tucker2", "cp")
+Tables = dict[str, list[dict[str, Any]]]
+
+
+def iterative(
+    model: nn.Module,
+    data: Any,
+    plan: Plan,
+    *,
+    rule: str = "vbmf",
+    weakening: float = 0.6,
+    factor: float = 1.5,
+    least: int = 2,
+    group_size: int | None = None,
+    step_epochs: int = 5,
+    patience: int = 3,
+    step_lr: float = 0.01,
+    orthogonal: bool = True,
+    on_decomposed: Callable[[nn.Module], None] = lambda network: None,
+    **training: Any,
+) -> tuple[nn.Module, Tables]:
+    """Compress a copy of the trained `model` in passes until it costs what `plan` costs.
+
+    plan: the layers, their format and the budget; the ranks on the way and at the end are the method's own.
+    rule: "vbmf" with `weakening` w, or "nx", which divides every layer's parameters by `factor` x per pass; a
+    pass in which "vbmf" finds nothing to cut falls back to "nx", and the table says so. least: lower bound of
+    every rank. group_size: layers decomposed between two fine-tunings (None: all layers of a pass). Each
+    fine-tuning takes at most `step_epochs` at `step_lr`; of its epochs the best on validation is kept.
+    on_decomposed: called with the network after every decomposition, before it is fine-tuned. Other arguments
+    go to `train.fit`.
+
+    Tables: "ranks" (a row per layer and pass), "stages" (per fine-tuning: epochs, validation accuracy before
+    and after, ratio), "finetune" (per epoch).
+    Raises: BudgetError before any training where ranks of at least `least` cannot meet the budget;
+    UnknownName, TdlibError.
+    """
+    if plan.format not in FORMATS:
+        raise unknown("format of the iterative method", plan.format, FORMATS)
+    check_rule(rule, weakening, factor, least)
+    if patience < 1 or step_epochs < 0 or (group_size is not None and group_size < 1):
+        raise TdlibError(
+            "need patience >= 1, step_epochs >= 0 and group_size >= 1, "
+            f"got {patience}, {step_epochs}, {group_size}"
+        )
+    cost = count(model, data.input_shape)
+    skip = [name for name in plan.skipped if "skipped on request" in plan.skipped[name]]
+    found = [c for c in candidates(model, cost, plan.format, plan.by, skip, {})[0] if c.name in plan]
+    budget = make_budget(cost.by(plan.by), found, plan.ratio, plan.by)
+    check_reachable(found, budget, least)
+
+    small = copy.deepcopy(model)
+    sites = {c.name: Site(c, small.get_submodule(c.name), orthogonal) for c in found}
+    tables: Tables = {"ranks": [], "stages": [], "finetune": []}
+    now: Choice = dict.fromkeys(sites)
+    started, number = time.perf_counter(), 0
+    while spent(found, now) > budget.limit and not budget.met(spent(found, now)):
+        number += 1
+        wanted, used = choose(sites, now, budget, rule, weakening, factor, least)
+        tables["ranks"] += rank_rows(found, wanted, number, used)
+        for group, names in enumerate(groups_of(list(sites), group_size)):
+            changed = {name: wanted[name] for name in names if wanted[name] not in (None, now[name])}
+            for name, ranks in changed.items():
+                install(small, name, sites[name].shrink(ranks), LayerPlan(plan.format, ranks))
+            if not changed:
+                continue
+            now |= changed
+            on_decomposed(small)
+            options = stage({"lr": step_lr, **training}, f"pass{number}-group{group}", started)
+            row, epochs = finetune(small, data, step_epochs, patience, options)
+            place = {"pass": number, "group": group}
+            row |= {"layers": list(changed), "ratio": budget.ratio_of(spent(found, now))}
+            tables["stages"].append(place | row)
+            done = len(tables["finetune"])
+            tables["finetune"] += [{**e, "epoch": done + k, **place} for k, e in enumerate(epochs)]
+    return small, tables
 
 
 def groups_of(names: Sequence[str], size: int | None) -> list[list[str]]:
@@ -61,142 +129,8 @@ def groups_of(names: Sequence[str], size: int | None) -> list[list[str]]:
     return [backwards[k : k + size] for k in range(0, len(backwards), size)]
 
 
-def compress(
-    model: nn.Module,
-    data: Any,
-    *,
-    ratio: float,
-    by: str = "params",
-    seed: int = 0,
-    format: str = "tucker2",
-    rule: str = "vbmf",
-    weakening: float = 0.6,
-    factor: float = 1.5,
-    least: int = 2,
-    skip: Sequence[str] | None = None,
-    group_size: int | None = None,
-    finetune_epochs: int = 5,
-    patience: int = 3,
-    final_epochs: int = 0,
-    finetune_lr: float = 0.01,
-    orthogonal: bool = True,
-    progress: bool = True,
-    **training: Any,
-) -> nn.Module:
-    """Compress in passes until `ratio` = dense / compressed ("params" or "macs") is met within 2 %.
-
-    `model` (trained) is not changed. rule: "vbmf" with `weakening` w, or "nx", which divides every layer's
-    parameters by `factor` x per pass; a pass in which "vbmf" finds nothing to cut falls back to "nx", and the
-    report's rows say so. least: lower bound of every rank. skip None leaves the first convolution and the
-    classifier dense. group_size: layers decomposed between two fine-tunings (None: all layers of a pass).
-    Each fine-tuning takes at most `finetune_epochs`; final_epochs adds one at the end. Other keyword
-    arguments go to `train.fit`.
-
-    `result._tdlib["report"]`: ranks (one row per layer and pass), stages (one row per fine-tuning: epochs,
-    validation accuracy before and after, ratio), passes, epochs (sum), achieved ratios, history, seconds, and
-    accuracies in percent: dense; before (right after the last decomposition); recalibrated (the same with
-    fresh BatchNorm statistics); after.
-
-    Raises: BudgetError before any training where the ratio cannot be reached; UnknownName, TdlibError.
-    """
-    if format not in FORMATS:
-        raise unknown("format of the iterative method", format, FORMATS)
-    check_rule(rule, weakening, factor, least)
-    if patience < 1 or finetune_epochs < 0 or (group_size is not None and group_size < 1):
-        raise TdlibError(
-            "need patience >= 1, finetune_epochs >= 0 and group_size >= 1, "
-            f"got {patience}, {finetune_epochs}, {group_size}"
-        )
-    training = training_options(training, **{"seed": seed, "progress": progress, "schedule": "cosine"})
-    started = time.perf_counter()
-    skip = end_layers(model) if skip is None else tuple(skip)
-    sites, _ = candidates(model, count(model, data.input_shape), format, by, skip, {})
-    budget = make_budget(count(model, data.input_shape).by(by), sites, ratio, by)
-    check_reachable(sites, budget, least)
-    small = copy.deepcopy(model)
-    layers = {site.name: Layer(site, small.get_submodule(site.name), orthogonal) for site in sites}
-    choice: Choice = dict.fromkeys(layers)
-    run = _Run(small, data, layers, dict(training), patience, finetune_lr, started)
-    report: dict[str, Any] = {"method": "iterative", "rule": rule, "format": format}
-    report["dense"] = accuracies(model, data, training.get("device"))
-    number = 0
-    while spent(sites, choice) > budget.limit and not budget.met(spent(sites, choice)):
-        choice, used = _choose(layers, choice, budget, rule, weakening, factor, least)
-        number += 1
-        run.note_ranks(number, choice, used)
-        for position, names in enumerate(groups_of(list(layers), group_size)):
-            names = [name for name in names if run.replace(name, choice[name])]
-            if names:
-                run.finetune(number, position, names, finetune_epochs, budget)
-    if final_epochs:
-        run.finetune(number + 1, 0, [], final_epochs, budget)
-    table = final_plan(model, data, run.ranks(), format, by)
-    report |= {
-        "ranks": run.rank_rows,
-        "stages": run.stages,
-        "passes": number,
-        "history": {"finetune": run.history},
-    }
-    report |= {
-        "epochs": len(run.history),
-        "before": run.before,
-        "recalibrated": run.recalibrated,
-        "after": accuracies(small, data, training.get("device")),
-    }
-    report |= {"params_ratio": table.params_ratio, "macs_ratio": table.macs_ratio, "plan": table.to_dict()}
-    report["seconds"] = time.perf_counter() - started
-    before = getattr(model, "_tdlib", None) or {"spec": None, "layers": {}}
-    done = {
-        name: {"format": format, "ranks": list(ranks), "options": {}} for name, ranks in run.ranks().items()
-    }
-    record = {**copy.deepcopy(before), "layers": {**before.get("layers", {}), **done}, "report": report}
-    small._tdlib = record  # type: ignore[assignment]
-    return small
-
-
-def one_shot(
-    model: nn.Module,
-    data: Any,
-    ranks: Mapping[str, Sequence[int]],
-    *,
-    epochs: int,
-    by: str = "params",
-    seed: int = 0,
-    format: str = "tucker2",
-    finetune_lr: float = 0.01,
-    progress: bool = True,
-    **training: Any,
-) -> nn.Module:
-    """The comparison: decompose `model` once at the ranks that the iteration ended with, then fine-tune for
-    all its epochs.
-
-    ranks and epochs: of an iterative result, `final_ranks(small)` and `small._tdlib["report"]["epochs"]`.
-    """
-    training = training_options(training, seed=seed, progress=progress)
-    report: dict[str, Any] = {"method": "one-shot", "dense": accuracies(model, data, training.get("device"))}
-    table = final_plan(model, data, ranks, format, by)
-    device = training.get("device")
-    report["recalibrated"] = recalibrated(decompose(model, table), data, device)
-    small, result = decompose_and_finetune(model, data, table, epochs=epochs, lr=finetune_lr, **training)
-    report |= {"history": {"finetune": result.pop("history")}, "epochs": epochs, **result}
-    report |= {"params_ratio": table.params_ratio, "macs_ratio": table.macs_ratio, "plan": table.to_dict()}
-    small._tdlib["report"] = report  # type: ignore[index, operator, assignment]
-    return small
-
-
-def final_ranks(small: nn.Module) -> dict[str, Ranks]:
-    """Layer -> ranks of a compressed network."""
-    layers: Mapping[str, Any] = small._tdlib["layers"]  # type: ignore[index, assignment]
-    return {name: tuple(row["ranks"]) for name, row in layers.items()}
-
-
-def final_plan(model: nn.Module, data: Any, ranks: Mapping[str, Sequence[int]], format: str, by: str) -> Plan:
-    """The plan that decomposes `model` at once at these ranks; every other layer stays dense."""
-    return plan(model, tuple(data.input_shape), format=format, by=by, ranks=ranks)
-
-
-def _choose(
-    layers: Mapping[str, Layer],
+def choose(
+    sites: Mapping[str, Site],
     now: Choice,
     budget: Budget,
     rule: str,
@@ -205,94 +139,109 @@ def _choose(
     least: int,
 ) -> tuple[Choice, str]:
     """Ranks of the next pass, trimmed to the budget, and the rule that gave them."""
-    sites = [layer.site for layer in layers.values()]
+    found = [site.candidate for site in sites.values()]
     for used in dict.fromkeys((rule, "nx")):
         wanted = {
-            name: next_ranks(layer.site, now[name], layer.core(), used, weakening, factor, least)
-            for name, layer in layers.items()
+            name: next_ranks(site.candidate, now[name], site.core(), used, weakening, factor, least)
+            for name, site in sites.items()
         }
-        choice = trim(sites, now, accept(sites, now, wanted), budget)
-        if spent(sites, choice) < 0.98 * spent(sites, now) or budget.met(spent(sites, choice)):
+        choice = trim(found, now, accept(found, now, wanted), budget)
+        if spent(found, choice) < 0.98 * spent(found, now) or budget.met(spent(found, choice)):
             return choice, used
-    lowest: Choice = {s.name: tuple(min(least, n) for n in (now[s.name] or s.bounds)) for s in sites}
-    return trim(sites, now, accept(sites, now, lowest), budget), "least"
+    lowest: Choice = {c.name: tuple(min(least, n) for n in (now[c.name] or c.bounds)) for c in found}
+    return trim(found, now, accept(found, now, lowest), budget), "least"
 
 
-class _Run:
-    """The network on its way and the tables of what happened to it."""
+def finetune(
+    model: nn.Module, data: Any, epochs: int, patience: int, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Fine-tune in place with early stopping, the weights of the best validation epoch stay: (row, epochs)."""
+    began, device = time.perf_counter(), options.get("device")
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Any,
-        layers: dict[str, Layer],
-        training: dict[str, Any],
-        patience: int,
-        lr: float,
-        started: float,
-    ) -> None:
-        self.model, self.data, self.layers, self.training = model, data, layers, training
-        self.patience, self.lr, self.started = patience, lr, started
-        self.now: Choice = dict.fromkeys(layers)
-        self.rank_rows: list[dict[str, Any]] = []
-        self.stages: list[dict[str, Any]] = []
-        self.history: list[dict[str, Any]] = []
-        self.before: dict[str, float] = {}
-        self.recalibrated: dict[str, float] = {}
+    def validation() -> float | None:
+        return evaluate(model, data, "val", device=device)["accuracy"] if len(data.val) else None
 
-    def ranks(self) -> dict[str, Ranks]:
-        """Ranks of the decomposed layers."""
-        return {name: ranks for name, ranks in self.now.items() if ranks is not None}
+    row: dict[str, Any] = {"val_before": validation()}
+    rows: list[dict[str, Any]] = []
+    if epochs:
+        stopping = EarlyStopping(patience)
+        history = fit(model, data, epochs=epochs, hooks=(stopping,), **options)
+        require_finished(history)
+        stopping.restore(model)
+        rows = history.rows
+    return row | {"epochs": len(rows), "val_after": validation(), "seconds": time.perf_counter() - began}, rows
 
-    def note_ranks(self, number: int, choice: Choice, rule: str) -> None:
-        for name, ranks in choice.items():
-            size, cost = self.layers[name].site.bounds, self.layers[name].site.both(ranks)
-            row = {
-                "pass": number,
-                "layer": name,
-                "rule": rule,
-                "ranks": list(ranks or size),
-                "bounds": list(size),
-            }
-            self.rank_rows.append({**row, "dense": ranks is None, "params": cost[0], "macs": cost[1]})
 
-    def replace(self, name: str, ranks: Ranks | None) -> bool:
-        """Put the layer at these ranks into the model; False where it has them already."""
-        if ranks is None or ranks == self.now[name]:
-            return False
-        layer, self.now[name] = self.layers[name], ranks
-        old, layer.module = layer.module, layer.at(ranks)
-        for parent in list(self.model.modules()):
-            for attribute, child in list(parent._modules.items()):
-                if child is old:
-                    setattr(parent, attribute, layer.module)
-        return True
+def rank_rows(found: Sequence[Candidate], choice: Choice, number: int, rule: str) -> list[dict[str, Any]]:
+    """One row per layer: what the pass makes of it."""
+    rows = []
+    for c in found:
+        ranks, (params, macs) = choice[c.name], c.both(choice[c.name])
+        row = {"pass": number, "layer": c.name, "rule": rule, "ranks": list(ranks or c.bounds)}
+        row |= {"bounds": list(c.bounds), "dense": ranks is None, "params": params, "macs": macs}
+        rows.append(row)
+    return rows
 
-    def finetune(self, number: int, group: int, names: list[str], epochs: int, budget: Budget) -> None:
-        """Fine-tune with early stopping; the weights of the best validation epoch stay."""
-        began, device = time.perf_counter(), self.training.get("device")
-        before = accuracies(self.model, self.data, device)
-        if names:
-            self.before, self.recalibrated = before, recalibrated(self.model, self.data, device)
-        row: dict[str, Any] = {
-            "pass": number,
-            "group": group,
-            "layers": names,
-            "val_before": before.get("val"),
-        }
-        stopping = EarlyStopping(self.patience)
-        options = stage(self.training, f"pass{number}-group{group}", self.started)
-        rows: list[dict[str, Any]] = []
-        if epochs:
-            history = fit(self.model, self.data, epochs=epochs, lr=self.lr, hooks=(stopping,), **options)
-            require_finished(history)
-            stopping.restore(self.model)
-            rows = history.rows
-        done = len(self.history)
-        self.history += [{**r, "epoch": done + k, "pass": number, "group": group} for k, r in enumerate(rows)]
-        sites = [layer.site for layer in self.layers.values()]
-        row |= {"epochs": len(rows), "ratio": budget.ratio_of(spent(sites, self.now))}
-        row["val_after"] = (
-            evaluate(self.model, self.data, "val", device=device)["accuracy"] if len(self.data.val) else None
-        )
-        self.stages.append({**row, "seconds": time.perf_counter() - began})
+
+class Site:
+    """One layer on its way: the dense geometry it started from, the module it is now, and how to shrink that."""
+
+    def __init__(self, candidate: Candidate, dense: nn.Module, orthogonal: bool) -> None:
+        self.candidate, self.orthogonal = candidate, orthogonal
+        self.geometry: Any = copy.deepcopy(dense)
+        self.module: Any = dense
+        self.dense = True
+
+    @property
+    def refitted(self) -> bool:
+        """Whether a smaller rank is fitted to the whole kernel: the first pass, and CP in every pass."""
+        return self.dense or self.candidate.kernel.decomposition not in (TUCKER2, SVD)
+
+    def core(self) -> Tensor:
+        """What the next pass decomposes; its unfoldings are those that EVBMF sees."""
+        return to_dense(self.module).detach() if self.refitted else self._factors()[0]
+
+    def shrink(self, ranks: Ranks) -> nn.Module:
+        """The module of these (smaller) ranks, which is from now on the present one. Raises NonFiniteError."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
+            raise NonFiniteError(
+                f"layer {self.candidate.name!r} has NaN or Inf in its weights: lower the fine-tuning lr"
+            )
+        kernel = self.candidate.kernel
+        if self.refitted:
+            factors = kernel.decompose(to_dense(self.module).detach(), ranks)
+        else:
+            factors = recompress(self._factors(), ranks)
+        last = self.module if self.dense else self.module[-1]
+        self.geometry.to(last.weight.device, last.weight.dtype).train(self.module.training)
+        self.geometry.bias = bias_of(last)
+        self.module, self.dense = kernel.module(self.geometry, factors), False
+        return self.module
+
+    def _factors(self) -> Factors:
+        """[core (r_out, r_in, kh, kw), U (O, r_out), V (I, r_in)] of the chain, or [A (O, r), B (r, I)]."""
+        weights = [member.weight.detach().float() for member in self.module]
+        if len(weights) == 2:
+            factors = [weights[1].flatten(1), weights[0].flatten(1)]
+        else:
+            factors = [weights[1], weights[2].flatten(1), weights[0].flatten(1).mT]
+        return orthogonalise(factors) if self.orthogonal else factors
+
+
+def orthogonalise(factors: Factors) -> Factors:
+    """The same kernel with orthonormal outer factors: their triangular parts are multiplied into the core."""
+    if len(factors) == 2:
+        q, r = torch.linalg.qr(factors[1].mT)
+        return [factors[0] @ r.mT, q.mT]
+    core, u, v = factors
+    (q_u, r_u), (q_v, r_v) = torch.linalg.qr(u), torch.linalg.qr(v)
+    return [torch.einsum("ab,bckl,dc->adkl", r_u, core, r_v), q_u, q_v]
+
+
+def recompress(factors: Factors, ranks: Sequence[int]) -> Factors:
+    """Equation (3): decompose the core (or A of A B) at `ranks`, multiply the new outer factors outwards."""
+    if len(factors) == 2:
+        second, first = svd_factors(factors[0], ranks[0])
+        return [second, first @ factors[1]]
+    core, (a, b) = tucker2(factors[0], ranks)
+    return [core, factors[1] @ a, factors[2] @ b]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from tdlib.errors import BudgetError
-from tdlib.planning.candidates import Candidate, Ranks
+from tdlib.formats import Ranks
+from tdlib.planning.candidates import Candidate
 
 Choice = dict[str, Ranks | None]
 TOLERANCE = 0.02

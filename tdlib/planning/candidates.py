@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tdlib.errors import TdlibError, unknown
-from tdlib.layers.formats import Format, get_format, kind_of
+from tdlib.formats import Format, KernelFormat, Ranks, get_format, kind_of
 from tdlib.planning.cost import Call, Cost
-
-Ranks = tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -24,19 +22,17 @@ class Candidate:
     out)."""
 
     name: str
-    format: Format
-    options: dict[str, Any]
+    kernel: KernelFormat
     weight: Tensor
-    stride: tuple[int, ...]
     calls: Sequence[Call]
     by: str
-    allow_larger: bool = False
     multiple: int = 1  # of which every rank is, where its bound allows
     _costs: dict[Ranks, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape)
+    def bounds(self) -> Ranks:
+        """Ranks at which the factorisation is exact."""
+        return self.kernel.bounds
 
     @property
     def dense(self) -> tuple[int, int]:
@@ -44,18 +40,13 @@ class Candidate:
         size = self.weight.numel()
         return size, sum(size * n * math.prod(out) for n, _, out in map(self._maps, self.calls))
 
-    @property
-    def bounds(self) -> Ranks:
-        """Ranks at which the factorisation is exact."""
-        return self.format.bounds(self.shape, **self.options)
-
-    def at(self, fraction: float) -> Ranks:
+    def uniform(self, fraction: float) -> Ranks:
         """Ranks of the format's uniform family."""
-        return self._aligned(self.format.at(self.shape, fraction, **self.options))
+        return self._aligned(self.kernel.uniform(fraction))
 
     def clip(self, ranks: Sequence[int]) -> Ranks:
         """Effective ranks."""
-        return self._aligned(self.format.clip(self.shape, ranks, **self.options))
+        return self._aligned(self.kernel.clip(ranks))
 
     def _aligned(self, ranks: Ranks) -> Ranks:
         """The nearest multiples; a bound that is no multiple may be reached."""
@@ -63,17 +54,16 @@ class Candidate:
             return ranks
         m = self.multiple
         near = [min(max(m, m * round(r / m)), b) for r, b in zip(ranks, self.bounds, strict=True)]
-        return self.format.clip(self.shape, near, **self.options)
+        return self.kernel.clip(near)
 
     def both(self, ranks: Ranks | None) -> tuple[int, int]:
         """(params, macs) at these ranks; None is dense."""
         if ranks is None:
             return self.dense
         if ranks not in self._costs:
-            params, macs = 0, 0
+            params, macs = self.kernel.cost(ranks)[0], 0
             for n, hw_in, hw_out in map(self._maps, self.calls):
-                params, each = self.format.cost(self.shape, ranks, hw_in, hw_out, self.stride, **self.options)
-                macs += n * each
+                macs += n * self.kernel.macs(ranks, hw_in, hw_out)
             self._costs[ranks] = params, macs
         return self._costs[ranks]
 
@@ -82,14 +72,13 @@ class Candidate:
         return self.both(ranks)[self.by == "macs"]
 
     def smaller(self, ranks: Ranks) -> Ranks | None:
-        """The ranks if the factorised layer is smaller than the dense one (or may be larger), else None
-        (dense)."""
-        return ranks if self.allow_larger or self.cost(ranks) < self.cost(None) else None
+        """The ranks if the factorised layer is smaller than the dense one, else None (dense)."""
+        return ranks if self.cost(ranks) < self.cost(None) else None
 
     def _maps(self, call: Call) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """(batch, map in, map out) of a call; a linear layer has (positions, 1)."""
         before, after = call
-        if len(self.shape) == 2:
+        if self.weight.ndim == 2:
             positions = math.prod(before[:-1])
             return 1, (positions, 1), (positions, 1)
         return (before[0] if len(before) == 4 else 1), before[-2:], after[-2:]
@@ -102,7 +91,6 @@ def candidates(
     by: str,
     skip: Sequence[str],
     options: Mapping[str, Any],
-    allow_larger: bool = False,
     multiple: int = 1,
 ) -> tuple[list[Candidate], dict[str, str]]:
     """(layers that can be decomposed, {layer that stays dense: reason}).
@@ -110,13 +98,13 @@ def candidates(
     skip: names or globs; each must match a layer. An option may be a mapping from layer names or globs to
     values.
     """
-    scheme = get_format(format)
+    row = get_format(format)
     for name in options:
-        if name not in scheme.options:
-            raise unknown(f"option of format {format!r}", name, scheme.options)
+        if name not in row.options:
+            raise unknown(f"option of format {format!r}", name, row.options)
     if by not in ("params", "macs"):
         raise unknown("unit", by, ("params", "macs"))
-    rows = {row.name: row for row in cost.layers}
+    called = {layer.name: layer.calls for layer in cost.layers}
     owners = _owners(model)
     found, skipped = [], {}
     layers = {n: m for n, m in model.named_modules() if _is_layer(m)}
@@ -124,8 +112,8 @@ def candidates(
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise unknown("layer to skip", pattern, layers)
     for name, layer in layers.items():
-        calls = rows[name].calls if name in rows else ()
-        reason = _obstacle(layer, scheme, calls, [o for o in owners.get(_weight_id(layer), ()) if o != name])
+        calls = called.get(name, ())
+        reason = _obstacle(layer, row, calls, [o for o in owners.get(_weight_id(layer), ()) if o != name])
         if any(fnmatchcase(name, pattern) for pattern in skip):
             reason = "skipped on request"
         if reason:
@@ -133,13 +121,10 @@ def candidates(
             continue
         chosen = {key: _for_layer(value, name) for key, value in options.items()}
         try:
-            chosen = scheme.resolve(layer.weight.shape, **chosen)
+            kernel = row.bind(layer.weight.shape, **chosen)
         except TdlibError as error:
             raise type(error)(f"layer {name!r}: {error}") from error
-        stride = tuple(layer.stride) if isinstance(layer, nn.Conv2d) else (1, 1)
-        candidate = Candidate(
-            name, scheme, chosen, layer.weight.detach(), stride, calls, by, allow_larger, multiple
-        )
+        candidate = Candidate(name, kernel, layer.weight.detach(), calls, by, multiple)
         if candidate.smaller(candidate.clip((1,) * len(candidate.bounds))) is None:
             skipped[name] = (
                 f"cannot gain: even at rank {multiple} the {format} layer is not smaller than the dense one"
@@ -149,13 +134,20 @@ def candidates(
     return found, skipped
 
 
+def end_layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers that the papers leave dense: the first convolution (it sees the image), the classifier."""
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return tuple(convolutions[:1] + linears[-1:])
+
+
 def _is_layer(module: nn.Module) -> bool:
     """Whether a reader of the plan expects a word about this module: it has a weight to multiply with."""
     kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase)
     return isinstance(module, kinds)
 
 
-def _obstacle(layer: nn.Module, scheme: Format, calls: Sequence[Call], shared: Sequence[str]) -> str | None:
+def _obstacle(layer: nn.Module, row: Format, calls: Sequence[Call], shared: Sequence[str]) -> str | None:
     """Why the layer cannot be decomposed, or None."""
     name = type(layer).__name__
     if getattr(layer, "transposed", False):
@@ -176,8 +168,8 @@ def _obstacle(layer: nn.Module, scheme: Format, calls: Sequence[Call], shared: S
         return f"its weight is shared with {', '.join(shared)}"
     if not calls:
         return "never called as a module in the forward pass (unused, or its weight is used directly)"
-    if kind_of(layer.weight.shape) not in scheme.kinds:
-        return f"format {scheme.name!r} does not apply to a {kind_of(layer.weight.shape)} layer"
+    if kind_of(layer.weight.shape) not in {*row.kinds, *row.factored}:
+        return f"format {row.name!r} does not apply to a {kind_of(layer.weight.shape)} layer"
     return None
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_bytes
+from tabulate import tabulate
 from torch import Tensor, nn
 
-from tdlib.errors import TdlibError
-from tdlib.planning.cost import count, table
-from tdlib.serialise import once
+from tdlib.errors import TdlibError, needs
+from tdlib.io import size_on_disk
+from tdlib.modes import evaluating
+from tdlib.planning.cost import count
+from tdlib.provenance import provenance
 
 WHOLE = "whole network"
 NOTE = (
@@ -41,9 +43,7 @@ class Comparison:
 
     def to_frame(self) -> Any:
         """pandas table."""
-        import pandas as pd
-
-        return pd.DataFrame(list(self.rows))
+        return needs("pandas", "train").DataFrame(list(self.rows))
 
     def __str__(self) -> str:
         def number(value: Any, form: str) -> str:
@@ -59,7 +59,8 @@ class Comparison:
         units = ("params", "MACs", "bytes", "ms")
         head = ["layer", "format", *(cell for unit in units for cell in (unit, "→", "×"))]
         where = f"Batch {self.batch} of inputs {self.input_shape} on {self.device}."
-        return "\n".join([table(head, lines, "ll" + "rrr" * 4), NOTE, where])
+        align = ("left",) * 2 + ("right",) * 12
+        return "\n".join([tabulate(lines, head, disable_numparse=True, colalign=align), NOTE, where])
 
 
 def compare(
@@ -78,13 +79,13 @@ def compare(
         raise TdlibError(f"batch and repeats must be at least 1, got {batch} and {repeats}")
     models = dense, compressed
     costs = [count(model, input_shape) for model in models]
-    formats = {n: row["format"] for model in models for n, row in _replaced(model).items()}
+    formats = {n: layer.format for model in models for n, layer in provenance(model).layers.items()}
     units = list(dict.fromkeys(_unit(row.name, formats) for cost in costs for row in cost.layers))
     first = next((p for p in dense.parameters() if p.is_floating_point()), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *input_shape, generator=generator).to(first)
     rows = []
-    with torch.no_grad(), _evaluating(dense), _evaluating(compressed):
+    with torch.no_grad(), evaluating(dense), evaluating(compressed):
         inputs = [_inputs(model, units, x) for model in models]
         for name in units:
             sizes = [
@@ -98,17 +99,13 @@ def compare(
             )
             rows.append(_row(name, formats.get(name, ""), sizes, _latency(runs, repeats, first.device)))
         whole = [
-            (cost.params, cost.macs, len(to_bytes(once(m.state_dict())[0])))
+            (cost.params, cost.macs, size_on_disk(m))
             for m, cost in zip(models, costs, strict=True)
         ]
         runs = [_call(model, (x,)) for model in models]
         last = _row(WHOLE, "", whole, _latency(runs, repeats, first.device))
     last["params_ratio"] = _ratio(costs[0].weights, costs[1].weights)
     return Comparison((*rows, last), tuple(input_shape), batch, str(first.device))
-
-
-def _replaced(model: nn.Module) -> dict[str, Any]:
-    return (getattr(model, "_tdlib", None) or {}).get("layers", {})
 
 
 def _unit(name: str, formats: dict[str, str]) -> str:
@@ -136,17 +133,6 @@ def _bytes(model: nn.Module, name: str) -> int:
     except AttributeError:
         return 0
     return sum(t.numel() * t.element_size() for t in once(module.state_dict())[0].values())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _inputs(model: nn.Module, units: Sequence[str], x: Tensor) -> dict[str, tuple[Any, ...]]:

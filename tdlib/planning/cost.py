@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdlib.errors import TdlibError
+from tdlib.errors import TdlibError, needs
+from tdlib.modes import evaluating
 
 Call = tuple[tuple[int, ...], tuple[int, ...]]  # input shape, output shape
 NORMS = (
@@ -78,12 +80,9 @@ class Cost:
 
     def to_frame(self) -> Any:
         """pandas table: one row per layer."""
-        import pandas as pd
-
         columns = ("name", "kind", "params", "macs", "in_shape", "out_shape", "norm")
-        return pd.DataFrame(
-            [[getattr(row, c) for c in columns] for row in self.layers], columns=list(columns)
-        )
+        rows = [[getattr(row, c) for c in columns] for row in self.layers]
+        return needs("pandas", "train").DataFrame(rows, columns=list(columns))
 
     def __str__(self) -> str:
         rows = [
@@ -95,7 +94,8 @@ class Cost:
             f"{self.params:,} parameters, {self.bn_params:,} of them in norm layers "
             f"(left out of ratios: {self.weights:,}); {self.macs:,} MACs for one input {self.input_shape}"
         )
-        return table(("layer", "kind", "params", "MACs", "output"), [*rows, total], "llrrr") + "\n" + note
+        head, align = ("layer", "kind", "params", "MACs", "output"), ("left",) * 2 + ("right",) * 3
+        return tabulate([*rows, total], head, disable_numparse=True, colalign=align) + "\n" + note
 
 
 def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
@@ -141,16 +141,12 @@ def _like(model: nn.Module) -> dict[str, Any]:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; modes, buffers and random state restored after."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            model.eval()
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(model):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -204,20 +200,6 @@ def _unfused(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch._C._set_mkldnn_enabled(onednn)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
-    """Plain text table; align has one of "l", "r" per column."""
-    widths = [max(len(str(r[k])) for r in (head, *rows)) for k in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            str(c).ljust(w) if a == "l" else str(c).rjust(w)
-            for c, w, a in zip(cells, widths, align, strict=True)
-        )
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(head), "  ".join("-" * w for w in widths), *(line(r) for r in rows)])
 
 
 def _shape(shape: Sequence[int] | None) -> str:

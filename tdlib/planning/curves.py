@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tdlib.decompositions.sigma import pinv_root
 from tdlib.errors import DataError, NonFiniteError, TdlibError
-from tdlib.planning.candidates import Candidate, Ranks
+from tdlib.formats import Ranks
+from tdlib.planning.candidates import Candidate
 
 Point = tuple[Ranks | None, float, float]
 Curve = Sequence[Point]
@@ -54,14 +56,14 @@ def measured_curve(candidate: Candidate, weight: Tensor, measured: int = 5, step
     them."""
     grid: dict[Ranks, float] = {}
     for k in range(steps + 1):
-        ranks = candidate.at(k / steps)
+        ranks = candidate.uniform(k / steps)
         if candidate.cost(ranks) < candidate.cost(None):
             grid[ranks] = candidate.cost(ranks)
     rows = sorted(grid.items(), key=lambda item: item[1])
     chosen = sorted({round(k * (len(rows) - 1) / (measured - 1)) for k in range(measured)})
     known: list[tuple[float, float]] = []
     for k in chosen:
-        error = max(1e-12, candidate.format.error(weight, rows[k][0], **candidate.options))
+        error = max(1e-12, candidate.kernel.error(weight, rows[k][0]))
         known.append((rows[k][1], min(error, known[-1][1] if known else 1.0)))
     return [(ranks, cost, _between(known, cost)) for ranks, cost in rows]
 
@@ -106,22 +108,17 @@ def whitened(candidate: Candidate, statistics: Mapping[str, Tensor] | None) -> T
 
 
 def harm_curve(
-    candidate: Candidate, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
+    candidate: Candidate, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> list[Point]:
     """(ranks, cost, 1/2 tr(H D Σ D^T)) along the path of best gain per cost, with D the kernel's error.
 
     weights: layer → H (O, O), the Fisher information at its output; the result is then the KL divergence at
-    the network's output to second order. Without weights the squared error of the layer's output.
+    the network's output to second order.
     """
-    from tdlib.tensor.sigma_norm import pinv_root
-
+    half, _ = pinv_root(weights[candidate.name].to(candidate.weight.device))
     kernel = whitened(candidate, statistics)
-    scale = 1.0
-    if weights is not None:
-        half, _ = pinv_root(weights[candidate.name].to(kernel))
-        kernel = (half @ kernel.flatten(1)).reshape(kernel.shape)
-        scale = 0.5
-    total = scale * float(kernel.square().sum())
+    kernel = (half @ kernel.flatten(1)).reshape(kernel.shape)
+    total = 0.5 * float(kernel.square().sum())
     return [(ranks, cost, max(1e-8, error) * total) for ranks, cost, error in weight_curve(candidate, kernel)]
 
 
@@ -148,7 +145,7 @@ def kept_energy(candidate: Candidate) -> Callable[[float], Ranks]:
 
 def _tails(candidate: Candidate, weight: Tensor) -> list[list[float]] | None:
     """For every rank: tail[r] = share of squared singular values beyond r, r = 0, ..., bound."""
-    matrices = candidate.format.unfoldings(weight, **candidate.options)
+    matrices = candidate.kernel.unfoldings(weight)
     if matrices is None:
         return None
     tails = []
@@ -163,11 +160,11 @@ def _tails(candidate: Candidate, weight: Tensor) -> list[list[float]] | None:
 
 def unfoldings(candidate: Candidate, rule: str) -> list[Tensor]:
     """One matrix per rank, for a rule that cannot do without."""
-    matrices = candidate.format.unfoldings(finite_weight(candidate), **candidate.options)
+    matrices = candidate.kernel.unfoldings(finite_weight(candidate))
     if matrices is None:
         raise TdlibError(
             f"rule {rule!r} needs the singular values of unfoldings, "
-            f"which format {candidate.format.name!r} has not; "
+            f"which format {candidate.kernel.name!r} has not; "
             "use uniform, energy or global"
         )
     return matrices

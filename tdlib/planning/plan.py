@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from tabulate import tabulate
 from torch import Tensor, nn
 
-from tdlib.errors import RankError, TdlibError, unknown
+from tdlib.errors import RankError, TdlibError, needs, unknown
+from tdlib.formats import LayerPlan
 from tdlib.planning.budget import Choice, make_budget
-from tdlib.planning.candidates import Candidate, Ranks, candidates
-from tdlib.planning.cost import count, table
-from tdlib.planning.curves import Curve
+from tdlib.planning.candidates import Candidate, candidates
+from tdlib.planning.cost import count
 from tdlib.planning.rules import RULES, Request
 
 NOTE = (
@@ -23,70 +23,57 @@ NOTE = (
 
 
 @dataclass(frozen=True)
-class PlanRow:
-    """One planned layer: its format, effective ranks, options, and (params, macs) before and after, without
-    bias."""
+class LayerCost:
+    """What a planned layer costs before and after: kernel shape, and (params, macs), bias left out."""
 
-    format: str
-    ranks: Ranks
-    options: Mapping[str, Any]
     shape: tuple[int, ...]
     dense: tuple[int, int]
-    cost: tuple[int, int]
+    planned: tuple[int, int]
 
 
-class Plan(Mapping[str, Ranks]):
-    """Layer name → ranks, for the layers to decompose; `skipped` says why the others stay dense.
+@dataclass(frozen=True)
+class Plan(Mapping[str, LayerPlan]):
+    """Layer name → LayerPlan (format, ranks, options), for the layers to decompose; `skipped` says why the
+    others stay dense.
 
-    params, macs: of the whole network after `decompose`, exactly (params with norm layers); dense_params,
-    dense_macs: before. ratio: what the plan really gives in its unit `by`; params_ratio and macs_ratio: in
-    either.
+    dense_params, dense_macs: of the whole network before (params with norm layers, whose share is
+    bn_params); params, macs: after `decompose`, exactly. ratio: what the plan really gives in its unit `by`;
+    params_ratio and macs_ratio: in either.
     """
 
-    def __init__(
-        self,
-        rows: Mapping[str, PlanRow],
-        *,
-        format: str,
-        rule: str,
-        by: str,
-        skipped: Mapping[str, str],
-        dense: Mapping[str, int],
-    ) -> None:
-        self._rows = dict(rows)
-        self.format, self.rule, self.by = format, rule, by
-        self.skipped = dict(skipped)
-        self.dense_params, self.dense_macs, self.bn_params = (
-            dense["params"],
-            dense["macs"],
-            dense["bn_params"],
-        )
-        self.params = self.dense_params + sum(row.cost[0] - row.dense[0] for row in self._rows.values())
-        self.macs = self.dense_macs + sum(row.cost[1] - row.dense[1] for row in self._rows.values())
+    layers: Mapping[str, LayerPlan]
+    costs: Mapping[str, LayerCost]
+    format: str
+    rule: str
+    by: str
+    dense_params: int
+    dense_macs: int
+    bn_params: int
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> Ranks:
-        return self._rows[name].ranks
+    def __getitem__(self, name: str) -> LayerPlan:
+        return self.layers[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return iter(self.layers)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.layers)
 
     @property
-    def rows(self) -> dict[str, PlanRow]:
-        """Layer name → format, ranks, options, shape and costs."""
-        return dict(self._rows)
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Layer name → ranks."""
+        return {name: layer.ranks for name, layer in self.layers.items()}
 
     @property
-    def formats(self) -> dict[str, str]:
-        """Layer name → format."""
-        return {name: row.format for name, row in self._rows.items()}
+    def params(self) -> int:
+        """Parameters of the whole network after `decompose`."""
+        return self.dense_params + sum(c.planned[0] - c.dense[0] for c in self.costs.values())
 
     @property
-    def options(self) -> dict[str, dict[str, Any]]:
-        """Layer name → options of its format (factorised modes)."""
-        return {name: dict(row.options) for name, row in self._rows.items()}
+    def macs(self) -> int:
+        """Multiply-accumulates of the whole network after `decompose`, for one input."""
+        return self.dense_macs + sum(c.planned[1] - c.dense[1] for c in self.costs.values())
 
     @property
     def params_ratio(self) -> float:
@@ -107,52 +94,48 @@ class Plan(Mapping[str, Ranks]):
     def layers_ratio(self) -> float:
         """Dense / compressed over the decomposed layers alone, in the plan's unit."""
         k = int(self.by == "macs")
-        return sum(r.dense[k] for r in self._rows.values()) / max(
-            1, sum(r.cost[k] for r in self._rows.values())
-        )
+        return sum(c.dense[k] for c in self.costs.values()) / max(1, sum(c.planned[k] for c in self.costs.values()))
 
     def to_frame(self) -> Any:
         """pandas table: one row per planned layer."""
-        import pandas as pd
+        rows = [
+            {
+                "layer": name, "format": layer.format, "ranks": layer.ranks,
+                "dense_params": cost.dense[0], "dense_macs": cost.dense[1],
+                "params": cost.planned[0], "macs": cost.planned[1],
+                "params_ratio": cost.dense[0] / cost.planned[0],
+                "macs_ratio": cost.dense[1] / max(1, cost.planned[1]),
+            }
+            for name, (layer, cost) in self._rows()
+        ]  # fmt: skip
+        return needs("pandas", "train").DataFrame(rows)
 
+    def _rows(self) -> list[tuple[str, tuple[LayerPlan, LayerCost]]]:
+        return [(name, (layer, self.costs[name])) for name, layer in self.layers.items()]
+
+    def __str__(self) -> str:
         rows = [
             (
                 name,
-                r.format,
-                r.ranks,
-                *r.dense,
-                *r.cost,
-                r.dense[0] / r.cost[0],
-                r.dense[1] / max(1, r.cost[1]),
+                layer.format,
+                "×".join(map(str, cost.shape)),
+                ",".join(map(str, layer.ranks)),
+                f"{cost.dense[0]:,}",
+                f"{cost.planned[0]:,}",
+                f"{cost.dense[0] / cost.planned[0]:.2f}",
+                f"{cost.dense[1] / max(1, cost.planned[1]):.2f}",
             )
-            for name, r in self._rows.items()
-        ]
-        head = "layer format ranks dense_params dense_macs params macs params_ratio macs_ratio".split()
-        return pd.DataFrame(rows, columns=head)
-
-    def __str__(self) -> str:
-        lines = [
-            (
-                name,
-                r.format,
-                "×".join(map(str, r.shape)),
-                ",".join(map(str, r.ranks)),
-                f"{r.dense[0]:,}",
-                f"{r.cost[0]:,}",
-                f"{r.dense[0] / r.cost[0]:.2f}",
-                f"{r.dense[1] / max(1, r.cost[1]):.2f}",
-            )
-            for name, r in self._rows.items()
+            for name, (layer, cost) in self._rows()
         ]
         head = ("layer", "format", "kernel", "ranks", "params", "→", "ratio", "MACs ratio")
-        text = table(head, lines, "lllrrrrr")
+        align = ("left",) * 3 + ("right",) * 5
         whole = (
             f"whole network: {self.dense_params:,} → {self.params:,} parameters ({self.params_ratio:.3f}×), "
             f"{self.dense_macs:,} → {self.macs:,} MACs ({self.macs_ratio:.3f}×); "
             f"rule {self.rule}, by {self.by}"
         )
         dense = [f"dense: {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([text, whole, NOTE, *dense])
+        return "\n".join([tabulate(rows, head, disable_numparse=True, colalign=align), whole, NOTE, *dense])
 
     def __repr__(self) -> str:
         return f"Plan({len(self)} layers, format={self.format!r}, ratio={self.ratio:.3f} by {self.by})"
@@ -160,15 +143,9 @@ class Plan(Mapping[str, Ranks]):
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, for JSON."""
         rows = {
-            name: {
-                "format": r.format,
-                "ranks": list(r.ranks),
-                "options": {k: list(v) if isinstance(v, tuple) else v for k, v in r.options.items()},
-                "shape": list(r.shape),
-                "dense": list(r.dense),
-                "cost": list(r.cost),
-            }
-            for name, r in self._rows.items()
+            name: layer.to_dict()
+            | {"shape": list(cost.shape), "dense": list(cost.dense), "cost": list(cost.planned)}
+            for name, (layer, cost) in self._rows()
         }
         dense = {"params": self.dense_params, "macs": self.dense_macs, "bn_params": self.bn_params}
         head = {"format": self.format, "rule": self.rule, "by": self.by, "dense": dense}
@@ -178,21 +155,19 @@ class Plan(Mapping[str, Ranks]):
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The plan that `to_dict` wrote. Raises TdlibError if something is missing."""
         try:
-            rows = {
-                name: PlanRow(
-                    r["format"],
-                    tuple(r["ranks"]),
-                    {k: tuple(v) if isinstance(v, list) else v for k, v in r["options"].items()},
-                    tuple(r["shape"]),
-                    (r["dense"][0], r["dense"][1]),
-                    (r["cost"][0], r["cost"][1]),
-                )
-                for name, r in data["layers"].items()
+            layers = {name: LayerPlan.of(row) for name, row in data["layers"].items()}
+            costs = {
+                name: LayerCost(tuple(row["shape"]), tuple(row["dense"]), tuple(row["cost"]))
+                for name, row in data["layers"].items()
             }
-            head = {key: data[key] for key in ("format", "rule", "by", "skipped", "dense")}
+            head = {key: data[key] for key in ("format", "rule", "by", "skipped")}
+            dense = data["dense"]
+            return cls(
+                layers, costs, dense_params=dense["params"], dense_macs=dense["macs"],
+                bn_params=dense["bn_params"], **head,
+            )  # fmt: skip
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise TdlibError(f"not a plan: {error!r}") from error
-        return cls(rows, **head)
 
 
 def plan(
@@ -207,9 +182,8 @@ def plan(
     statistics: Mapping[str, Tensor] | None = None,
     *,
     energy: float | None = None,
-    curves: Callable[[Candidate], Curve] | Mapping[str, Curve] | None = None,
-    allow_larger: bool = False,
     multiple: int = 1,
+    progress: bool = False,
     **options: Any,
 ) -> Plan:
     """Ranks for every Conv2d and Linear of `model` so that the whole network shrinks by `ratio`, within 2 %.
@@ -219,11 +193,10 @@ def plan(
     that stay dense.
     rule: "uniform" (same fraction of channels everywhere), "energy" (same kept share of squared singular
     values, or `energy` without a ratio), "evbmf" (with or without a ratio), "global" (budget where it buys
-    most; with `statistics` errors are those of the layers' outputs; `curves` replaces the error curves: a
-    function of a candidate layer, or layer → [(ranks, cost, error), ...]). ranks: an explicit table instead
-    of a rule, layer → ranks; names not in it stay dense. allow_larger: decompose layers that get no smaller
-    too. multiple: round every rank to a multiple of it (or to its bound): processors calculate in blocks of
-    8 or 16 channels, so that 16 is often faster at the same cost.
+    most; with `statistics` errors are those of the layers' outputs, with their Fisher weights the harm to the
+    network's output). ranks: an explicit table instead of a rule, layer → ranks; names not in it stay dense.
+    multiple: round every rank to a multiple of it (or to its bound): processors calculate in blocks of 8 or
+    16 channels, so that 16 is often faster at the same cost. progress: show bars.
     options: for the format, e.g. order=2 or out_modes=(8, 4) for factorised channels; a value may be a
     mapping from layer names or globs to values.
     Raises: BudgetError if the ratio cannot be reached (with the best reachable), RankError, UnknownName,
@@ -235,7 +208,7 @@ def plan(
         raise RankError(f"multiple must be at least 1, got {multiple}")
     cost = count(model, input_shape)
     found, skipped = candidates(
-        model, cost, format, by, (skip,) if isinstance(skip, str) else skip, options, allow_larger, multiple
+        model, cost, format, by, (skip,) if isinstance(skip, str) else skip, options, multiple
     )
     if not found:
         reasons = (
@@ -244,14 +217,14 @@ def plan(
         raise TdlibError(f"nothing to compress with format {format!r}: {reasons}")
     if ranks is not None and ratio is not None:
         raise TdlibError("give either a ratio or an explicit table of ranks, not both")
-    request = Request(None, energy, statistics, curves)
+    request = Request(None, energy, statistics, progress)
     if ranks is not None:
         rule, choice = "explicit", _explicit(found, skipped, ranks, request)
     else:
         if ratio is not None:
             request.budget = make_budget(cost.by(by), found, ratio, by)
         choice = RULES[rule](found, request)
-    rows = {}
+    layers, costs = {}, {}
     for c in found:
         chosen = choice[c.name]
         if chosen is None:
@@ -260,20 +233,19 @@ def plan(
             )
             skipped[c.name] = reason
         else:
-            rows[c.name] = PlanRow(format, chosen, dict(c.options), c.shape, c.dense, c.both(chosen))
+            layers[c.name] = LayerPlan(format, chosen, c.kernel.options)
+            costs[c.name] = LayerCost(c.kernel.shape, c.dense, c.both(chosen))
     order = [name for name, _ in model.named_modules()]
     skipped = dict(sorted(skipped.items(), key=lambda item: order.index(item[0])))
-    dense = {"params": cost.params, "macs": cost.macs, "bn_params": cost.bn_params}
-    return Plan(rows, format=format, rule=rule, by=by, skipped=skipped, dense=dense)
+    return Plan(layers, costs, format, rule, by, cost.params, cost.macs, cost.bn_params, skipped)
 
 
 def _explicit(
     found: Sequence[Candidate], skipped: Mapping[str, str], ranks: Mapping[str, Any], request: Request
 ) -> Choice:
-    """An explicit table (names or globs → ranks), checked, copied and cut to the bounds."""
+    """An explicit table (names or globs → ranks), checked and cut to the bounds."""
     names = [c.name for c in found]
-    table_ = copy.deepcopy(dict(ranks))
-    for pattern in table_:
+    for pattern in ranks:
         if not any(fnmatchcase(name, pattern) for name in names):
             if pattern in skipped:
                 raise TdlibError(
@@ -282,7 +254,7 @@ def _explicit(
             raise unknown("layer in the rank table", pattern, names)
     choice: Choice = {}
     for c in found:
-        given = table_.get(c.name, next((v for p, v in table_.items() if fnmatchcase(c.name, p)), None))
+        given = ranks.get(c.name, next((v for p, v in ranks.items() if fnmatchcase(c.name, p)), None))
         if given is None:
             request.reasons[c.name] = "not in the rank table"
             choice[c.name] = None

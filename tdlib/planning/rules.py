@@ -4,8 +4,9 @@ A rule takes the candidates and a budget (None without a target ratio) and retur
 ranks, or None where the layer stays dense.
 
 The global rule works on *error curves*: for every layer a path of (ranks, cost, error) along which cost
-rises and error falls. Where the errors come from is the caller's affair (`plan(..., curves=provider)`); here
-they come from the singular values of the kernel's unfoldings, in the Σ-norm if statistics are given.
+rises and error falls. The errors come from the singular values of the kernel's unfoldings; with statistics they
+are those of the layer's output, and weighted by the Fisher information (`Statistics.weights`) they are the harm
+done to the output of the network.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tdlib.decompositions.ranks import evbmf_rank
 from tdlib.errors import TdlibError
+from tdlib.formats import Ranks
 from tdlib.planning.budget import Budget, Choice, adjust, fit, smallest, spent
-from tdlib.planning.candidates import Candidate, Ranks
+from tdlib.planning.candidates import Candidate
 from tdlib.planning.curves import (
     Curve,
     Point,
@@ -29,8 +32,7 @@ from tdlib.planning.curves import (
     weight_curve,
     whitened,
 )
-
-Provider = Callable[[Candidate], Curve]
+from tdlib.progress import track
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Request:
     budget: Budget | None
     energy: float | None = None
     statistics: Mapping[str, Tensor] | None = None
-    curves: Provider | Mapping[str, Curve] | None = None
+    progress: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
 
     def need_budget(self, rule: str) -> Budget:
@@ -55,7 +57,7 @@ class Request:
 def uniform(candidates: Sequence[Candidate], request: Request) -> Choice:
     """The same fraction of every layer's channels."""
     budget = request.need_budget("uniform")
-    return fit(candidates, lambda t: {c.name: c.smaller(c.at(t)) for c in candidates}, budget)
+    return fit(candidates, lambda t: {c.name: c.smaller(c.uniform(t)) for c in candidates}, budget)
 
 
 def energy(candidates: Sequence[Candidate], request: Request) -> Choice:
@@ -84,8 +86,6 @@ def evbmf(candidates: Sequence[Candidate], request: Request) -> Choice:
     With a target ratio the ranks are weakened towards the bounds, or scaled down, by one factor for all
     layers.
     """
-    from tdlib.tensor.ranks import evbmf_rank
-
     found: dict[str, Ranks] = {}
     for c in candidates:
         ranks = tuple(int(evbmf_rank(m)) for m in unfoldings(c, "evbmf"))
@@ -115,13 +115,14 @@ def evbmf(candidates: Sequence[Candidate], request: Request) -> Choice:
 def global_(candidates: Sequence[Candidate], request: Request) -> Choice:
     """The budget goes where a unit of cost buys most error reduction, across all layers."""
     budget = request.need_budget("global")
-    given = request.curves
-    weights = getattr(request.statistics, "weights", None)
-    if given is None and request.statistics is not None and weights:
-        given = {c.name: harm_curve(c, request.statistics, weights) for c in candidates}
-    if given is None:
-        given = {c.name: harm(weight_curve(c, whitened(c, request.statistics))) for c in candidates}
-    curves = {c.name: given[c.name] if isinstance(given, Mapping) else given(c) for c in candidates}
+    statistics, weights = request.statistics, getattr(request.statistics, "weights", None)
+
+    def curve(c: Candidate) -> Curve:
+        if statistics is not None and weights:
+            return harm_curve(c, statistics, weights)
+        return harm(weight_curve(c, whitened(c, statistics)))
+
+    curves = {c.name: curve(c) for c in track(candidates, "ranks", "layer", request.progress)}
     costs = {c.name: c.cost(None) for c in candidates}
     for share in range(100, 50, -2):  # rounding to multiples of a rank may exceed the budget
         picked = global_ranks(curves, costs, budget.limit * share / 100)

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from tdlib.decompositions.ranks import evbmf_rank
 from tdlib.errors import BudgetError, TdlibError, unknown
-from tdlib.layers.formats import kind_of
+from tdlib.formats import Ranks, kind_of
 from tdlib.planning.budget import Budget, Choice, spent
-from tdlib.planning.candidates import Candidate, Ranks
-from tdlib.tensor.ranks import evbmf_rank
+from tdlib.planning.candidates import Candidate
 
 RULES = ("vbmf", "nx")
 
@@ -51,12 +51,12 @@ def sizes_of(site: Candidate, now: Ranks | None) -> Ranks:
     at which the chain has the dense layer's parameters)."""
     if now is not None:
         return now
-    return site.at(1.0) if _one_rank_conv(site) else site.bounds
+    return site.uniform(1.0) if _one_rank_conv(site) else site.bounds
 
 
 def found_by_evbmf(site: Candidate, core: Tensor) -> Ranks:
     """EVBMF's rank of every governed unfolding of `core`, for CP the larger of the two."""
-    if kind_of(site.shape) != "conv":
+    if kind_of(site.kernel.shape) != "conv":
         return (evbmf_rank(core.flatten(1)),)
     both = evbmf_rank(core.flatten(1)), evbmf_rank(core.transpose(0, 1).flatten(1))
     return (max(both),) if _one_rank_conv(site) else both
@@ -76,7 +76,7 @@ def next_ranks(
     if len(sizes) == 1:
         ranks: Ranks = (int(params / site.both((1,))[0]),)
     else:
-        ranks = tucker_ranks(site.shape, params, coupling_of(site.shape, now))
+        ranks = tucker_ranks(site.kernel.shape, params, coupling_of(site.kernel.shape, now))
     return tuple(min(size, max(least, rank)) for size, rank in zip(sizes, ranks, strict=True))
 
 
@@ -137,7 +137,7 @@ def check_rule(rule: str, weakening: float, factor: float, least: int) -> None:
 
 
 def _one_rank_conv(site: Candidate) -> bool:
-    return kind_of(site.shape) == "conv" and len(site.bounds) == 1
+    return kind_of(site.kernel.shape) == "conv" and len(site.bounds) == 1
 
 
 def _cheaper(site: Candidate, ranks: Ranks | None, now: Ranks | None) -> Ranks | None:

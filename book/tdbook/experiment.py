@@ -1,0 +1,275 @@
+"""Arms × ratios × seeds: from one dense network several roads lead to compressed ones; what each keeps and costs.
+
+Every chapter runs `experiment`. Its rows are tidy: one for each arm, ratio and seed, all with the same columns; a
+record of a row is the row.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+
+import tdlib
+from tdlib.data import Bundle
+from tdlib.methods.registry import accepted
+from tdlib.planning import Plan
+from tdlib.train import accuracies, agreement, fit, fit_selected, recalibrated, stage
+
+from tdbook.records import parameter_hash, read_record, record
+
+Tables = dict[str, list[dict[str, Any]]]
+Key = tuple[str, float, int]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One road from the dense network to a compressed one.
+
+    run: (model, data, plan, *, ...) -> (network, tables), a method of `tdlib.methods` or a partial of it.
+    plan: (network, ratio, seed) -> plan. start: (dense network, seed) -> the network that `plan` and `run` get,
+    where that is not the dense one; made once per seed, its seconds count in every row. finetune: arguments of
+    `train.fit` for the training after `run`; none without epochs. trains: `run` itself trains with labels.
+    scratch: it keeps no weight of the dense network, so there is no accuracy right after compression.
+    """
+
+    run: Callable[..., tuple[nn.Module, Tables]]
+    plan: Callable[[nn.Module, float, int], Plan]
+    start: Callable[[nn.Module, int], nn.Module] | None = None
+    finetune: Mapping[str, Any] = field(default_factory=dict)
+    trains: bool = False
+    scratch: bool = False
+
+
+@dataclass
+class Results:
+    """rows: see `experiment`. By (method, ratio, seed): tables (histories), and of the arms that ran here, not
+    read from a record, networks and plans. dense: seed -> the network that all arms started from."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    tables: dict[Key, Tables] = field(default_factory=dict)
+    networks: dict[Key, nn.Module] = field(default_factory=dict)
+    plans: dict[Key, Plan] = field(default_factory=dict)
+    dense: dict[int, nn.Module] = field(default_factory=dict)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The rows as a tidy table."""
+        return pd.DataFrame(self.rows)
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Where rows become records: parameters identify the run beside method, ratio, by and seed."""
+
+    chapter: str
+    parameters: Mapping[str, Any]
+    scale: str = "quick"
+    notes: str | None = None
+    directory: Path | None = None  # default the environment variable TDLIB_RECORDS, else book/results
+
+    def read(self, about: Mapping[str, Any]) -> tuple[dict[str, Any], Tables] | None:
+        """(row, tables) of an earlier run with these parameters, or None."""
+        folder = Path(self.directory or os.environ.get("TDLIB_RECORDS") or "book/results")
+        path = folder / f"{self.chapter}-{parameter_hash({**self.parameters, **about})}.json"
+        if not path.is_file():
+            return None
+        found = read_record(path)
+        return {**about, **found["metrics"]}, found.get("history") or {}
+
+    def write(self, about: Mapping[str, Any], row: Mapping[str, Any], tables: Tables, **more: Any) -> None:
+        """Write the record of one row."""
+        metrics = {name: value for name, value in row.items() if name not in about and value is not None}
+        record(
+            self.chapter, {**self.parameters, **about}, metrics, directory=self.directory, scale=self.scale,
+            wall_seconds=row["seconds"], history=tables, notes=self.notes, **more,
+        )  # fmt: skip
+
+
+def experiment(
+    dense: Callable[[int], nn.Module],
+    data: Bundle,
+    arms: Mapping[str, Arm],
+    *,
+    ratios: Sequence[float],
+    seeds: Sequence[int] = (0,),
+    by: str = "params",
+    training: Mapping[str, Any] | None = None,
+    recorder: Recorder | None = None,
+    progress: bool = False,
+) -> Results:
+    """Run every arm at every ratio and seed.
+
+    dense: seed -> the trained network. training: arguments of `train.fit` for all training alike (batch_size,
+    device, precision, checkpoint, max_minutes, ...); an arm's own go before. recorder: writes a record of every
+    row as soon as it is there; rows whose record exists are read instead of run, so a stopped experiment
+    continues. progress: say when a row is there, and show bars. An arm that cannot reach a ratio has no row
+    there, and says so.
+
+    Columns: method (the arm), ratio (the target), by, seed. Accuracies in percent on the test split:
+    dense_test_accuracy, test_accuracy_before (right after the last decomposition), test_accuracy_recalibrated
+    (the same with BatchNorm re-estimated), test_accuracy (at the end; of the fine-tuning epochs that of the best
+    on validation), test_accuracy_last (after the last epoch of fine-tuning); and val_accuracy. agreement with the
+    dense network's top-1 (percent) and kl divergence from it (nats) on test, n images. params_ratio, macs_ratio
+    and speedup (measured, batch of one): dense / compressed. seconds: of the whole arm from the dense network on,
+    without measuring. images: inputs drawn from the training split; labels: whether their labels were used;
+    epochs: passes through the split with labels.
+    """
+    results, started = Results(), time.perf_counter()
+    same = {"progress": progress, **(training or {})}
+    starts: dict[tuple[Any, int], tuple[nn.Module, float, int]] = {}
+    for seed in seeds:
+        for ratio in map(float, ratios):
+            for name, arm in arms.items():
+                about = {"method": name, "ratio": ratio, "by": by, "seed": seed}
+                found = None if recorder is None else recorder.read(about)
+                if found is None:
+                    if seed not in results.dense:
+                        results.dense[seed] = dense(seed)
+                    if (arm.start, seed) not in starts:
+                        starts[arm.start, seed] = _started(arm, results.dense[seed], data, seed)
+                    options = stage({**same, "seed": seed}, f"{name}-{ratio:g}-{by}-{seed}", started)
+                    try:
+                        row, tables, small, plan = _run(
+                            arm, ratio, results.dense[seed], starts[arm.start, seed], data, options
+                        )
+                    except tdlib.errors.BudgetError as problem:
+                        print(f"{name} at {ratio:g}×: {problem}")
+                        continue
+                    results.networks[name, ratio, seed], results.plans[name, ratio, seed] = small, plan
+                    if recorder is not None:
+                        recorder.write(about, row, tables, data=data, device=options.get("device"))
+                    found = {**about, **row}, tables
+                results.rows.append(found[0])
+                results.tables[name, ratio, seed] = found[1]
+                if progress:
+                    took = found[0]["seconds"]
+                    print(f"{name} {ratio:g}× seed {seed}: {found[0]['test_accuracy']:.2f} % ({took:.0f} s)")
+    return results
+
+
+def _started(arm: Arm, dense: nn.Module, data: Bundle, seed: int) -> tuple[nn.Module, float, int]:
+    """(network that the arm starts from, seconds and training images that it took)."""
+    if arm.start is None:
+        return dense, 0.0, 0
+    begun = time.perf_counter()
+    network = arm.start(dense, seed)
+    rows = tdlib.provenance(network).report.get("images", 0)
+    return network, time.perf_counter() - begun, rows
+
+
+def _run(
+    arm: Arm,
+    ratio: float,
+    dense: nn.Module,
+    start: tuple[nn.Module, float, int],
+    data: Bundle,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], Tables, nn.Module, Plan]:
+    """One row (without the columns that name it), the tables, the network and its plan."""
+    network, spent, images = start
+    device, watch, counted = options.get("device"), Watch(spent), CountedBundle.of(data)
+    measured: dict[str, float | None] = {}
+
+    def measure(small: nn.Module) -> None:
+        with watch.paused():
+            measured["test_accuracy_before"] = accuracies(small, data, device)["test"]
+            measured["test_accuracy_recalibrated"] = recalibrated(small, data, device)["test"]
+
+    with watch.running():
+        plan = arm.plan(network, ratio, options["seed"])
+        small, tables = arm.run(
+            network, counted, plan, **accepted(arm.run, {**options, "on_decomposed": measure}, fit)
+        )
+    if not measured and not arm.scratch:
+        measure(small)
+    if arm.finetune.get("epochs"):
+        settings = {**stage(options, "finetune", time.perf_counter()), **arm.finetune}
+        with watch.running():
+            history, found = fit_selected(small, counted, **settings)
+        tables = {**tables, "finetune": history.rows}
+        final, last = found["selected"], found["last"]["test"]
+    else:
+        final, last = accuracies(small, data, device), None
+    labels = arm.trains or bool(arm.finetune.get("epochs")) or images > 0
+    images += counted.drawn.get("train", 0)
+    whole = tdlib.compare(dense, small, data.input_shape, repeats=5).whole
+    alike = agreement(dense, small, data, "test", device=device)
+    row = {
+        "dense_test_accuracy": accuracies(dense, data, device)["test"],
+        **measured,
+        "test_accuracy": final["test"],
+        "test_accuracy_last": last,
+        "val_accuracy": final.get("val"),
+        "agreement": alike["agreement"],
+        "kl": alike["kl"],
+        "n": alike["n"],
+        "params_ratio": whole["params_ratio"],
+        "macs_ratio": whole["macs_ratio"],
+        "speedup": whole["speedup"],
+        "seconds": watch.seconds,
+        "images": images,
+        "labels": labels,
+        "epochs": images / len(data.train) if labels else 0.0,
+    }
+    return row, tables, small, plan
+
+
+class Watch:
+    """Seconds of what runs inside `running`, without what runs inside `paused`."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    @contextmanager
+    def running(self, sign: int = 1) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += sign * (time.perf_counter() - begun)
+
+    def paused(self) -> Any:
+        """To be used inside `running`."""
+        return self.running(-1)
+
+
+class _Counting:
+    """Batches that add the number of inputs they give out to `drawn[split]`."""
+
+    def __init__(self, batches: Any, drawn: dict[str, int], split: str) -> None:
+        self._batches, self._drawn, self._split = batches, drawn, split
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self._batches:
+            self._drawn[self._split] = self._drawn.get(self._split, 0) + len(x)
+            yield x, y
+
+
+@dataclass(frozen=True)
+class CountedBundle(Bundle):
+    """A data set that counts the inputs drawn from each of its splits, in `drawn`."""
+
+    drawn: dict[str, int] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, data: Bundle) -> CountedBundle:
+        """The same data, counted from now on."""
+        return cls(**{row.name: getattr(data, row.name) for row in fields(Bundle)})
+
+    def batches(self, split: str, batch_size: int, **options: Any) -> Any:
+        """As `Bundle.batches`."""
+        return _Counting(super().batches(split, batch_size, **options), self.drawn, split)

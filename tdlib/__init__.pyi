@@ -1,0 +1,31 @@
+from . import calibration as calibration
+from . import data as data
+from . import decompositions as decompositions
+from . import errors as errors
+from . import export as export
+from . import formats as formats
+from . import methods as methods
+from . import models as models
+from . import planning as planning
+from . import train as train
+from .calibration import Statistics as Statistics
+from .calibration import correct_bias as correct_bias
+from .calibration import load_statistics as load_statistics
+from .calibration import recalibrate_batchnorm as recalibrate_batchnorm
+from .calibration import statistics as statistics
+from .formats import decompose as decompose
+from .formats import project as project
+from .formats import to_dense as to_dense
+from .io import load as load
+from .io import save as save
+from .methods import compress as compress
+from .planning import Comparison as Comparison
+from .planning import Cost as Cost
+from .planning import Plan as Plan
+from .planning import compare as compare
+from .planning import count as count
+from .planning import plan as plan
+from .provenance import Provenance as Provenance
+from .provenance import provenance as provenance
+
+__version__: str

@@ -1,0 +1,28 @@
+"""The harm itself: how far a network's outputs are from the dense network's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdlib.calibration.passes import inputs_of, placed
+from tdlib.modes import evaluating
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batches: Iterable[Any]) -> Tensor:
+    """Outputs of the model in eval mode, (inputs, classes), float32 on the CPU."""
+    with evaluating(model):
+        return torch.cat([model(placed(model, inputs_of(b))).float().cpu() for b in batches])
+
+
+def divergence(reference: Tensor, other: Tensor, temperature: float = 1.0) -> float:
+    """Mean KL divergence of softmax(other) from softmax(reference), natural logarithm; both (inputs,
+    classes).
+    """
+    p, q = F.log_softmax(reference / temperature, -1), F.log_softmax(other / temperature, -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -1,0 +1,88 @@
+"""Forward passes over calibration batches that look at what arrives at the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdlib.errors import DataError, NonFiniteError
+from tdlib.modes import evaluating
+
+
+def inputs_of(batch: Any) -> Tensor:
+    """The input tensor of a batch given as inputs or as an (inputs, labels, ...) tuple or list.
+
+    Raises: DataError for anything else.
+    """
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(x, Tensor):
+        raise DataError(
+            f"calibration batches must be tensors or (inputs, labels) pairs, got {type(batch).__name__}"
+        )
+    return x
+
+
+def placed(model: nn.Module, x: Tensor) -> Tensor:
+    """x on the device of the model's parameters and, where it is floating-point, in their dtype."""
+    place = next(model.parameters(), torch.empty(0))
+    return x.to(place.device, place.dtype if x.is_floating_point() else x.dtype)
+
+
+def no_inputs() -> DataError:
+    """The error to raise where the batches held not a single input."""
+    return DataError("the calibration data is empty: `batches` gave no inputs")
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raises: NonFiniteError naming the layer if its input x holds NaN or Inf."""
+    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # a sum alone may overflow
+        raise NonFiniteError(f"the input of layer {name!r} holds NaN or Inf on the calibration data")
+
+
+@torch.no_grad()
+def run(model: nn.Module, batches: Iterable[Any], taps: Mapping[str, Callable[[Tensor], None]]) -> int:
+    """Forward `batches` in eval mode, calling taps[name](input) at each named layer; returns the number of
+    inputs.
+
+    Raises: DataError if there are none, NonFiniteError naming the layer whose input is not finite.
+    """
+
+    def tap(name: str, update: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            check_finite(name, x)
+            update(x)
+
+        return hook
+
+    seen = 0
+    with evaluating(model), ExitStack() as hooks:
+        for name, update in taps.items():
+            layer = model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_pre_hook(tap(name, update)))
+        for batch in batches:
+            x = inputs_of(batch)
+            seen += len(x)
+            model(placed(model, x))
+    if seen == 0:
+        raise no_inputs()
+    return seen
+
+
+@torch.no_grad()
+def call_order(model: nn.Module, names: Iterable[str], x: Tensor) -> list[str]:
+    """The layers in the order in which the forward pass of x first calls them."""
+    order: dict[str, None] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: order.setdefault(name)
+
+    with evaluating(model), ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(note(name)))
+        model(placed(model, x))
+    return list(order)

@@ -1,0 +1,116 @@
+"""Input statistics of every layer, streamed by forward hooks in one pass over calibration inputs.
+
+Sigma = E[x x^T], uncentred, and the mean E[x] of the input patches of every Conv2d (groups 1) and of the
+inputs of every Linear. Patches follow stride, dilation, padding and padding_mode, all positions weigh the
+same, and their order is that of `weight.reshape(O, -1)`: channel, kh, kw. Products are float32, totals
+float64. How the products are formed is in `tdlib.calibration.moments`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdlib.calibration.file import Statistics
+from tdlib.calibration.fisher import TEMPERATURE, damped, fisher
+from tdlib.calibration.moments import accumulator
+from tdlib.calibration.passes import run
+from tdlib.errors import DataError
+from tdlib.progress import track
+
+
+def statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Iterable[str] | None = None,
+    *,
+    positions: int | None = None,
+    output_weights: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Statistics:
+    """Input statistics of the model's layers over `batches` of inputs (or of (inputs, labels) pairs).
+
+    layers: names or globs; all Conv2d with groups 1 and all Linear if None. positions: use at most this many
+    random output positions of every image (drawn from `seed`) instead of all; the relative error of Sigma
+    falls as 1/sqrt(images * positions). output_weights: also take the Fisher information at the layers'
+    outputs (`Statistics.weights`). progress: show bars. Layers that saw fewer patches than Sigma has rows
+    warn and are shrunk, see `shrinkage_for`.
+
+    Runs in eval mode and restores every module's mode.
+    Raises: DataError for no batch or no layer, NonFiniteError naming the layer whose input is not finite.
+    """
+    chosen = measurable(model, layers)
+    generator = torch.Generator().manual_seed(seed)
+    if output_weights:
+        batches = list(batches)  # gone through twice
+    moments = {n: accumulator(m, n, positions, generator) for n, m in chosen.items()}
+    run(model, track(batches, "statistics", "batch", progress), {n: m.update for n, m in moments.items()})
+    sigmas, means, counts = {}, {}, {}
+    for name, moment in moments.items():
+        if moment.count == 0:
+            raise DataError(
+                f"layer {name!r} was never reached by the calibration data; leave it out of `layers`"
+            )
+        sigma, means[name] = moment.result()
+        counts[name] = moment.count
+        sigmas[name] = shrink(sigma, shrinkage_for(name, len(sigma), moment.count))
+    if not output_weights:
+        return Statistics(sigmas, means, counts)
+    again = track(batches, "sensitivity", "batch", progress)
+    found = fisher(model, again, list(chosen), temperature=TEMPERATURE, seed=seed)
+    return Statistics(sigmas, means, counts, {n: damped(h) for n, h in found.items()})
+
+
+def measurable(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
+    """Name -> module of the layers whose statistics can be taken, restricted to the names or globs in
+    `layers`.
+    """
+    known: dict[str, nn.Module] = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
+    }
+    if layers is None:
+        chosen = known
+    else:
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        for pattern in patterns:
+            if not any(fnmatch(n, pattern) for n in known):
+                raise DataError(
+                    f"no Conv2d (groups 1) or Linear layer matches {pattern!r}; there are: {', '.join(known)}"
+                )
+        chosen = {n: m for n, m in known.items() if any(fnmatch(n, p) for p in patterns)}
+    if not chosen:
+        raise DataError("the model has no Conv2d (groups 1) or Linear layer to take statistics of")
+    return chosen
+
+
+def shrinkage_for(name: str, size: int, count: int) -> float:
+    """0 if there are at least as many patches as rows of Sigma, else a warning and 0.1 * size / (size +
+    count).
+    """
+    if count >= size:
+        return 0.0
+    amount = 0.1 * size / (size + count)
+    warnings.warn(
+        f"layer {name!r}: Sigma is {size} x {size} but the calibration data gave only {count} patches; it is "
+        f"shrunk by {amount:.3f} towards a multiple of the identity. Use more images.",
+        stacklevel=3,
+    )
+    return amount
+
+
+def shrink(sigma: Tensor, amount: float, scale: Tensor | None = None) -> Tensor:
+    """(1 - amount) Sigma + amount * scale * I; scale: the mean of Sigma's diagonal if None."""
+    if amount == 0:
+        return sigma
+    ridge = amount * (sigma.diagonal().mean() if scale is None else scale)
+    sigma = sigma * (1 - amount)
+    sigma.diagonal().add_(ridge)
+    return sigma

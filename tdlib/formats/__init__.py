@@ -1,0 +1,44 @@
+"""Formats: how a layer is held in factors, and replacing a network's layers by them.
+
+Every file of this folder that calls `register` adds its formats; nothing else has to know of it.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from tdlib.formats.base import (
+    FORMATS,
+    KINDS,
+    Factors,
+    Format,
+    KernelFormat,
+    LayerPlan,
+    Ranks,
+    Shape,
+    get_format,
+    kind_of,
+    register,
+)
+from tdlib.formats.replace import decompose, install, project, skeleton, to_dense
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "FORMATS",
+    "KINDS",
+    "Factors",
+    "Format",
+    "KernelFormat",
+    "LayerPlan",
+    "Ranks",
+    "Shape",
+    "decompose",
+    "get_format",
+    "install",
+    "kind_of",
+    "project",
+    "register",
+    "skeleton",
+    "to_dense",
+]

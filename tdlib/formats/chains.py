@@ -1,0 +1,147 @@
+"""Chains of plain nn.Conv2d and nn.Linear that compute a factorised layer.
+
+The first member sees the layer's input channels, the last one carries the bias. Stride, padding, dilation
+and padding mode live in the spatial convolution(s); the 1×1 around them have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+Layer = nn.Conv2d | nn.Linear
+
+
+class Chain(nn.Sequential):
+    """Convolutions or linear layers one after the other, in place of one layer."""
+
+    def kernel(self) -> Tensor:
+        """The kernel (O, I, kh, kw) or matrix (O, I) that the chain applies; differentiable, bias left out."""
+        members = [member for member in self if isinstance(member, nn.Conv2d | nn.Linear)]
+        return reduce(_after, members[1:], members[0].weight)
+
+    @torch.no_grad()
+    def reset_parameters(self, gain: float = 2.0) -> None:
+        """Random factors; the composed kernel's entries have variance gain / fan-in.
+
+        Each member gets variance 1 / fan-in, the last one `gain` times that: the ranks cancel in the product.
+        """
+        weights = [member.get_parameter("weight") for member in self]
+        for k, weight in enumerate(weights):
+            scale = gain if k == len(weights) - 1 else 1.0
+            weight.normal_(0.0, math.sqrt(scale / weight[0].numel()))
+
+
+def _after(first: Tensor, member: Layer) -> Tensor:
+    """The kernel of `member` applied after the kernel `first` (r, I, a, b) or (r, I).
+
+    Along each axis only one of the two has extent, so spatial positions never add up.
+    """
+    second = member.weight
+    if first.ndim == 2:
+        return second @ first
+    if isinstance(member, nn.Conv2d) and member.groups > 1:  # depthwise
+        product = torch.einsum("rcd,riab->riacbd", second[:, 0], first)
+    else:
+        product = torch.einsum("orcd,riab->oiacbd", second, first)
+    return product.flatten(4, 5).flatten(2, 3)
+
+
+def parameter(layer: Layer, value: Tensor) -> nn.Parameter:
+    """`value` as a parameter like the layer's weight: its dtype, device and requires_grad; never a view."""
+    weight = layer.weight
+    data = value.detach().to(device=weight.device, dtype=weight.dtype, copy=True).contiguous()
+    return nn.Parameter(data, requires_grad=weight.requires_grad)
+
+
+def bias_of(layer: Layer) -> nn.Parameter | None:
+    """A copy of the layer's bias parameter, or None."""
+    if layer.bias is None:
+        return None
+    return nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
+
+
+def finish(layer: Layer, module: nn.Module) -> nn.Module:
+    """Give `module` the layer's train/eval mode and memory format."""
+    weight = layer.weight
+    if (
+        weight.ndim == 4
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and not weight.is_contiguous()
+    ):
+        module = module.to(memory_format=torch.channels_last)
+    return module.train(layer.training)
+
+
+def linear(layer: Layer, weight: Tensor, last: bool = False) -> nn.Linear:
+    """A linear member with weight (o, i); the last one takes the layer's bias."""
+    member = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    member.weight = parameter(layer, weight)
+    member.register_parameter("bias", bias_of(layer) if last else None)
+    return member
+
+
+def conv(
+    layer: nn.Conv2d,
+    weight: Tensor,
+    *,
+    rows: bool = False,
+    cols: bool = False,
+    groups: int = 1,
+    last: bool = False,
+) -> nn.Conv2d:
+    """A convolution member with weight (o, i / groups, a, b).
+
+    rows, cols: take over the layer's stride, padding and dilation along height, width (and the padding mode).
+    """
+
+    def pick(values: Sequence[int], otherwise: int) -> tuple[int, int]:
+        return (values[0] if rows else otherwise, values[1] if cols else otherwise)
+
+    padding: str | tuple[int, int] = (0, 0)
+    if not isinstance(layer.padding, str):
+        padding = pick(layer.padding, 0)
+    elif rows or cols:
+        padding = layer.padding
+    member = nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        (weight.shape[2], weight.shape[3]),
+        stride=pick(layer.stride, 1),
+        padding=padding,
+        dilation=pick(layer.dilation, 1),
+        groups=groups,
+        bias=False,
+        padding_mode=layer.padding_mode if rows or cols else "zeros",
+        device="meta",
+    )
+    member.weight = parameter(layer, weight)
+    member.register_parameter("bias", bias_of(layer) if last else None)
+    return member
+
+
+def matrix_chain(layer: Layer, factors: Sequence[Tensor]) -> nn.Module:
+    """W = A B for a linear layer or a 1×1 convolution: first B (r, I), with stride and padding, then A (O,
+    r)."""
+    a, b = factors
+    if isinstance(layer, nn.Linear):
+        return finish(layer, Chain(linear(layer, b), linear(layer, a, last=True)))
+    first = conv(layer, b[:, :, None, None], rows=True, cols=True)
+    return finish(layer, Chain(first, conv(layer, a[:, :, None, None], last=True)))
+
+
+def bottleneck_chain(layer: nn.Conv2d, core: Tensor, u_out: Tensor, u_in: Tensor) -> nn.Module:
+    """1×1 (I → r_in), k×k (r_in → r_out), 1×1 (r_out → O): Tucker-2, and TT of three cores.
+
+    core (r_out, r_in, kh, kw), u_out (O, r_out), u_in (I, r_in).
+    """
+    members = (
+        conv(layer, u_in.mT[:, :, None, None]),
+        conv(layer, core, rows=True, cols=True),
+        conv(layer, u_out[:, :, None, None], last=True),
+    )
+    return finish(layer, Chain(*members))

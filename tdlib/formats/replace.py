@@ -1,0 +1,129 @@
+"""Replace the layers that a plan names: `decompose` by factors of their weights, `skeleton` by random ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdlib.errors import DataError, NonFiniteError, TdlibError, unknown
+from tdlib.formats.base import KernelFormat, LayerPlan, get_format
+from tdlib.formats.chains import Layer
+from tdlib.progress import track
+from tdlib.provenance import attach, provenance
+
+
+def decompose(
+    model: nn.Module,
+    plan: Mapping[str, Any],
+    statistics: Mapping[str, Tensor] | None = None,
+    *,
+    progress: bool = False,
+) -> nn.Module:
+    """A copy of the model in which every planned layer is replaced by its factorisation.
+
+    plan: a `Plan`, or a plain mapping from layer names to {"format", "ranks", "options"}.
+    statistics: layer name → Σ (n, n), the second moments of its inputs; factors then minimise the error of
+    the layer's output on that data instead of the error of its weight. Where they carry the Fisher
+    information at the outputs (`Statistics.weights`), the error is weighted by it.
+    A replaced layer keeps device, dtype, train/eval mode and requires_grad. `model` is not changed.
+    Raises: NonFiniteError naming the layer whose weight has NaN or Inf; UnknownName for a layer the model
+    has not; DataError for a layer without statistics.
+    """
+    missing = [] if statistics is None else sorted(set(plan) - set(statistics))
+    if missing:
+        known = ", ".join(statistics or ()) or "none"
+        raise DataError(f"statistics lack {', '.join(missing)}; they have: {known}")
+    fisher = getattr(statistics, "weights", {})
+
+    def factorised(name: str, layer: Layer, bound: KernelFormat, ranks: Sequence[int]) -> nn.Module:
+        weight = layer.weight.detach()
+        if not bool(torch.isfinite(weight).all()):
+            raise NonFiniteError(f"layer {name!r} has NaN or Inf in its weight")
+        sigma = None if statistics is None else statistics[name]
+        return bound.module(layer, bound.decompose(weight, ranks, sigma, fisher.get(name)))
+
+    with torch.no_grad():
+        return _replaced(model, plan, factorised, progress)
+
+
+def skeleton(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
+    """The structure that `decompose` gives, with random factors: to load weights into, or to train from
+    scratch. The factors are scaled so that the composed kernels have Kaiming variance."""
+    return _replaced(model, plan, lambda name, layer, bound, ranks: bound.random(layer, ranks))
+
+
+def install(model: nn.Module, name: str, module: nn.Module, planned: LayerPlan) -> None:
+    """Put `module` in the place of layer `name`, wherever that is registered, and note it; in place."""
+    old = model.get_submodule(name)
+    for parent, attribute in _places(model, old):
+        setattr(parent, attribute, module)
+    about = provenance(model)
+    about.layers[name] = planned
+    attach(model, about)
+
+
+def project(weight: Tensor, format: str, ranks: Sequence[int], **options: Any) -> Tensor:
+    """The kernel of these ranks nearest to `weight` as the format's decomposition finds it; same shape and
+    dtype. torch.vmap maps it over a stack of kernels where the decomposition is batched (not CP)."""
+    return get_format(format).bind(weight.shape, **options).project(weight, ranks)
+
+
+def to_dense(module: nn.Module) -> Tensor:
+    """The kernel (O, I, kh, kw) or matrix (O, I) that a layer applies, replaced or not; differentiable, bias
+    left out. Raises: TdlibError for a module that has none."""
+    if hasattr(module, "kernel"):
+        return module.kernel()
+    if not isinstance(module, nn.Conv2d | nn.Linear) or getattr(module, "groups", 1) != 1:
+        raise TdlibError(f"{type(module).__name__} is no layer with a dense kernel (nor a grouped convolution)")
+    return module.weight
+
+
+def _replaced(
+    model: nn.Module, plan: Mapping[str, Any], make: Callable[..., nn.Module], progress: bool = False
+) -> nn.Module:
+    """Deep copy of `model` with make(name, layer, bound format, ranks) in place of every named layer."""
+    result = copy.deepcopy(model)
+    about = provenance(result)
+    attach(result, about)
+    for name in track(list(plan), "decomposition", "layer", progress):
+        planned, layer = LayerPlan.of(plan[name]), _find(result, name)
+        try:
+            bound = planned.bind(layer.weight.shape)
+            module = make(name, layer, bound, planned.ranks)
+        except TdlibError as error:
+            if name in str(error):
+                raise
+            raise type(error)(f"layer {name!r}: {error}") from error
+        planned = LayerPlan(planned.format, bound.clip(planned.ranks), bound.options)
+        if layer is result:
+            result = module
+            attach(result, about)
+            about.layers[name] = planned
+        else:
+            install(result, name, module, planned)
+    if hasattr(plan, "to_dict"):
+        about.plan = plan.to_dict()
+    return result
+
+
+def _find(model: nn.Module, name: str) -> Layer:
+    """The Conv2d or Linear of that name in the model."""
+    known: dict[str, Any] = {n: m for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
+    if name not in known:
+        raise unknown("layer", name, known)
+    if getattr(known[name], "groups", 1) != 1:
+        groups = known[name].groups
+        raise TdlibError(f"layer {name!r} is a grouped convolution ({groups} groups); it stays dense")
+    return known[name]
+
+
+def _places(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(parent, attribute) of every place where the layer is registered; more than one if it is shared."""
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):  # named_children would hide a repeated one
+            if child is layer:
+                yield parent, attribute

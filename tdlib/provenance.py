@@ -1,0 +1,34 @@
+"""What a network knows about itself: how its dense form is built, which layers were replaced, what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class Provenance:
+    """Where a network comes from.
+
+    spec: {"name", "classes", "kwargs"} of `tdlib.models.build`; None for a network built elsewhere. layers:
+    replaced layer -> its LayerPlan. plan: of the plan that replaced them, as `Plan.to_dict` gives it. report:
+    what a method measured on its way.
+    """
+
+    spec: dict[str, Any] | None = None
+    layers: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def provenance(model: nn.Module) -> Provenance:
+    """The network's own, or an empty one."""
+    found = model.__dict__.get("_tdlib")
+    return Provenance() if found is None else found
+
+
+def attach(model: nn.Module, about: Provenance) -> None:
+    """Make `about` the network's own; copies of the network take it along."""
+    model.__dict__["_tdlib"] = about

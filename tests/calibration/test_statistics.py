@@ -1,0 +1,183 @@
+"""Streamed input statistics against im2col of everything."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from tdlib.calibration import TEMPERATURE, damped, fisher, load_statistics, paired, statistics
+from tdlib.calibration.moments import padded
+from tdlib.calibration.statistics import shrinkage_for
+from tdlib.errors import CheckpointError, DataError, NonFiniteError
+
+CONVS = [
+    dict(kernel_size=3, padding=1),
+    dict(kernel_size=3),
+    dict(kernel_size=3, padding=2),
+    dict(kernel_size=3, padding=4),
+    dict(kernel_size=(3, 5), padding="same"),
+    dict(kernel_size=3, padding="valid"),
+    dict(kernel_size=3, padding=1, padding_mode="reflect"),
+    dict(kernel_size=3, padding=1, padding_mode="circular"),
+    dict(kernel_size=5, padding=2, padding_mode="replicate"),
+    dict(kernel_size=3, padding=1, stride=2),
+    dict(kernel_size=3, padding=1, stride=(1, 2)),
+    dict(kernel_size=3, padding=2, dilation=2),
+    dict(kernel_size=1),
+    dict(kernel_size=1, stride=2),
+    dict(kernel_size=(1, 7), padding=(0, 3)),
+    dict(kernel_size=7, padding=3),
+]
+
+
+def im2col(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    x = padded(conv, x).double()
+    columns = F.unfold(x, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+@pytest.mark.parametrize("options", CONVS, ids=str)
+def test_convolution_statistics_are_exact(options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(5, 4, bias=False, **options))
+    x = torch.randn(7, 5, 7, 9).relu()
+    stats = statistics(model, [x[:4], (x[4:], torch.zeros(3))])
+    X = im2col(model[0], x)
+    assert stats.counts["0"] == len(X) == model(x)[:, 0].numel()
+    torch.testing.assert_close(stats["0"], X.T @ X / len(X), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(stats.means["0"], X.mean(0), atol=1e-6, rtol=1e-6)
+    W = model[0].weight.detach().double().flatten(1)
+    output = model(x).detach().double().square().mean((0, 2, 3)).sum()
+    assert float(torch.trace(W @ stats["0"] @ W.T)) == pytest.approx(float(output), rel=1e-5)
+
+
+def test_images_of_several_sizes_and_batches_of_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    batches = [torch.randn(1, 3, 6, 5), torch.randn(2, 3, 9, 4)]
+    X = torch.cat([im2col(model[2], model[:2](x).detach()) for x in batches])
+    torch.testing.assert_close(statistics(model, batches)["2"], X.T @ X / len(X), atol=1e-6, rtol=1e-6)
+
+
+def test_linear_layers_flatten_positions_and_grouped_ones_are_left_out():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    x = torch.randn(40, 3, 6)
+    stats = statistics(model, [x])
+    h = model[:2](x).detach().double().reshape(-1, 5)
+    torch.testing.assert_close(stats["2"], h.T @ h / 120, atol=1e-6, rtol=1e-6)
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
+    assert list(statistics(grouped, [torch.randn(9, 4, 5, 5)])) == ["1"]
+
+
+def test_the_model_is_left_as_it_was_and_norms_run_in_evaluation_mode():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
+    model.train()
+    model[0].eval()
+    before = copy.deepcopy(model.state_dict())
+    stats = statistics(model, [torch.randn(8, 3, 9, 9)], layers=["2"])
+    assert list(stats) == ["2"] and model.training and not model[0].training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model[2]._forward_pre_hooks
+
+
+def test_sampled_positions_approach_the_exact_matrix():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    x = [torch.randn(50, 4, 12, 12).relu() for _ in range(4)]
+    exact = statistics(model, x)["0"]
+    errors = []
+    for positions in (2, 16, 144):
+        sampled = statistics(model, x, positions=positions, seed=1)
+        assert sampled.counts["0"] == 200 * positions
+        errors.append(float((sampled["0"] - exact).norm() / exact.norm()))
+        again = statistics(model, x, positions=positions, seed=1)
+        assert torch.equal(again["0"], sampled["0"])
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-6
+
+
+def test_too_few_patches_warn_with_the_numbers_and_are_regularised():
+    model = nn.Sequential(nn.Conv2d(8, 2, 3))
+    with pytest.warns(UserWarning, match="72 x 72 .* only 9 patches"):
+        sigma = statistics(model, [torch.randn(1, 8, 5, 5)])["0"]
+    assert torch.linalg.eigvalsh(sigma)[0] > 0
+    assert shrinkage_for("x", 10, 10) == 0
+
+
+def test_bad_calibration_data_is_named():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with pytest.raises(DataError, match="empty"):
+        statistics(model, [])
+    with pytest.raises(DataError, match="no Conv2d"):
+        statistics(model, [torch.randn(9, 3)], layers=["conv*"])
+    with pytest.raises(DataError, match="must be tensors"):
+        statistics(model, ["a"])
+    with pytest.raises(NonFiniteError, match="'0'"):
+        statistics(model, [torch.full((9, 3), float("nan"))])
+    with torch.no_grad():
+        model[0].bias[0] = float("inf")
+    with pytest.raises(NonFiniteError, match="'1'"):
+        statistics(model, [torch.randn(9, 3)])
+
+
+def test_saved_statistics_come_back_and_foreign_files_are_refused(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(27, 2))
+    stats = statistics(model, [torch.randn(60, 2, 5, 5)])
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    back = load_statistics(path)
+    assert list(back) == list(stats) and back.counts == stats.counts
+    assert all(torch.equal(back[n], stats[n]) and torch.equal(back.means[n], stats.means[n]) for n in stats)
+    assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors"]
+    with pytest.raises(DataError, match="no statistics for layer 'x'"):
+        stats["x"]
+    with pytest.raises(CheckpointError):
+        load_statistics(tmp_path / "missing.safetensors")
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(CheckpointError):
+        load_statistics(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="was not written"):
+        load_statistics(path)
+
+
+def test_output_weights_are_the_damped_fisher_information_and_are_saved(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    batches = [torch.randn(20, 6), torch.randn(20, 6)]
+    stats = statistics(model, iter(batches), output_weights=True, seed=4)
+    H = fisher(model, batches, ["0", "2"], temperature=TEMPERATURE, seed=4)
+    assert all(torch.equal(stats.weights[n], damped(H[n])) for n in ("0", "2"))
+    stats.save(tmp_path / "stats.safetensors")
+    back = load_statistics(tmp_path / "stats.safetensors")
+    assert all(torch.equal(back.weights[n], stats.weights[n]) for n in ("0", "2"))
+
+
+def test_bars_are_shown_where_asked_for_and_change_nothing(capsys):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 3)), [torch.randn(20, 6)]
+    quiet = statistics(model, x, output_weights=True)
+    assert capsys.readouterr().err == ""
+    shown = statistics(model, x, output_weights=True, progress=True)
+    bars = capsys.readouterr().err
+    assert "statistics" in bars and "sensitivity" in bars
+    assert torch.equal(quiet["0"], shown["0"]) and torch.equal(quiet.weights["0"], shown.weights["0"])
+
+
+@pytest.mark.parametrize("options", [CONVS[0], CONVS[6], CONVS[9], CONVS[12]], ids=str)
+def test_paired_statistics_of_two_networks(options):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, **options))
+    other = copy.deepcopy(dense)
+    with torch.no_grad():
+        other[0].weight.add_(0.1 * torch.randn_like(other[0].weight))
+    x = torch.randn(6, 3, 7, 8)
+    found = paired(dense, other, "2", [x[:4], x[4:]])
+    a, b = (im2col(m[2], m[:2](x).detach()) for m in (dense, other))
+    torch.testing.assert_close(found.sigma, b.T @ b / len(b), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found.cross, a.T @ b / len(a), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found.mean, b.mean(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found.dense_mean, a.mean(0), atol=1e-6, rtol=1e-6)
