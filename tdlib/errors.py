@@ -1,7 +1,11 @@
 """The library's named errors: each says what was found, what was expected and how to mend it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 __all__ = [
     "BudgetError",
@@ -12,6 +16,7 @@ __all__ = [
     "RankError",
     "TdlibError",
     "UnknownName",
+    "needs",
     "unknown",
 ]
 
@@ -56,11 +61,26 @@ class UnknownName(TdlibError):
 
 
 def unknown(kind: str, name: object, valid: Iterable[str]) -> UnknownName:
-    """The error to raise for `name`: lists the `valid` names of this `kind` and the closest one.
+    """The error to raise for `name`: the closest and all `valid` names of this `kind` (of more than 100, the
+    nearest five).
 
     >>> raise unknown("format", "tuker2", ["tt", "tucker2"])  # doctest: +SKIP
     """
     names = sorted(valid)
-    close = get_close_matches(str(name), names, n=1)
+    close = get_close_matches(str(name), names, n=5)
+    if len(names) > 100:
+        return UnknownName(
+            f"unknown {kind} {name!r}. Nearest of the {len(names)}: {', '.join(close) or 'none'}."
+        )
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UnknownName(f"unknown {kind} {name!r}.{hint} Valid names: {', '.join(names) or 'none'}.")
+
+
+def needs(package: str, extra: str) -> Any:
+    """The imported `package`, which only users of an extra of tdlib have. Raises TdlibError naming the extra."""
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        raise TdlibError(
+            f"this needs {package.partition('.')[0]}, which is not installed: pip install 'tdlib[{extra}]'"
+        ) from error
