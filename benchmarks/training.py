@@ -15,6 +15,7 @@ from tdlib.data import ArraySplit, Bundle
 from tdlib.methods.admm import ADMM
 
 from .timing import Row, clock, fill
+from .tuning import tune_cpu
 
 TOPIC = "training"
 EPOCH_STEPS = 391  # CIFAR: 50,000 images in batches of 128
@@ -188,7 +189,7 @@ def step_rows(quick: bool, device: str) -> Iterator[Row]:
             options: dict[str, Any] = {"precision": "bf16", "compile": True}
         else:
             threads = torch.get_num_threads()
-            found = tdlib.train.tune_cpu(fresh(network), data, batch_size=batch, threads=(threads,), rounds=2)
+            found = tune_cpu(fresh(network), data, batch_size=batch, threads=(threads,), rounds=2)
             options = {k: v for k, v in found.options.items() if k != "device"}
             row.note += f"; tune_cpu chose {found.best}, {found.rows[0]['speed-up']:.2f}x the plain setting"
         row.target = (10.0 if cuda else 1.0) if small else None

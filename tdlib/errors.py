@@ -77,7 +77,7 @@ def unknown(kind: str, name: object, valid: Iterable[str]) -> UnknownName:
 
 
 def needs(package: str, extra: str) -> Any:
-    """The imported `package`, which only users of an extra of tdlib have. Raises TdlibError naming the extra."""
+    """The imported `package`, which comes with an extra of tdlib. Raises TdlibError naming the `extra`."""
     try:
         return import_module(package)
     except ModuleNotFoundError as error:

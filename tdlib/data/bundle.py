@@ -3,59 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..errors import DataError
-from .augment import NONE, Augment, draw, gather, stream
-from .files import FileSplit
+from tdlib.data.augment import NONE, Augment, stream
+from tdlib.data.splits import ArraySplit, FileSplit
+from tdlib.errors import DataError, unknown
 
-
-class ArraySplit(Dataset[tuple[Tensor, int]]):
-    """Images held as one uint8 tensor (N, H, W, C), labels (N,) int64. ``split[i]`` is (normalised image,
-    label).
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.images, self.labels = images.contiguous(), labels.to(torch.int64)
-        self.mean, self.std = tuple(mean), tuple(std)
-        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"image {i} of {len(self)}")
-        image = normalise(self.images[i][None].float(), self.mean, self.std)[0]
-        return image, int(self.labels[i])
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(images, labels) on ``device``, copied once."""
-        if device not in self._placed:
-            self._placed[device] = (self.images.to(device), self.labels.to(device))
-        return self._placed[device]
-
-    def digest(self) -> str:
-        """SHA-256 of the images and labels."""
-        sha = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        sha.update(self.images.numpy().data)
-        sha.update(self.labels.numpy().data)
-        return sha.hexdigest()
-
-
-def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(N, H, W, C) pixels 0..255 -> (N, C, H, W) float32 in channels_last layout, (x / 255 - mean) / std per
-    channel.
-    """
-    scale = torch.tensor([1 / (255 * s) for s in std]).to(x.device, non_blocking=True)
-    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).to(x.device, non_blocking=True)
-    return torch.addcmul(offset, x, scale).permute(0, 3, 1, 2)
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -76,7 +35,7 @@ class Bundle:
     train: ArraySplit | FileSplit
     val: ArraySplit | FileSplit
     test: ArraySplit | FileSplit
-    augment: Augment = field(default=NONE)
+    augment: Augment = NONE
 
     @cached_property
     def fingerprint(self) -> str:
@@ -87,9 +46,9 @@ class Bundle:
         return sha.hexdigest()
 
     def split(self, name: str) -> ArraySplit | FileSplit:
-        """The split called ``train``, ``val`` or ``test``."""
-        if name not in ("train", "val", "test"):
-            raise DataError(f"unknown split {name!r}; valid: train, val, test")
+        """The split called ``train``, ``val`` or ``test``. Raises UnknownName."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
         return getattr(self, name)
 
     def steps(self, split: str, batch_size: int, *, drop_last: bool = False) -> int:
@@ -120,24 +79,22 @@ class Bundle:
         In a run of ``world`` processes each takes its slice ``rank::world`` of every global batch of
         ``batch_size``.
         augment: an Augment, "auto" (this data's own), or None/"none". shuffle, drop_last: default only for
-        train.
+        train. workers: processes that decode images that stay on disk.
+
+        Raises DataError, and UnknownName for a split.
         """
         if batch_size < 1 or not 0 <= rank < world:
             raise DataError(f"need batch_size >= 1 and 0 <= rank < world, got {batch_size}, {rank}, {world}")
-        train = split == "train"
+        source, train = self.split(split), split == "train"
+        n = len(source)
+        steps = self.steps(split, batch_size, drop_last=train if drop_last is None else drop_last)
+        order = torch.arange(n)
+        if train if shuffle is None else shuffle:
+            order = torch.randperm(n, generator=stream(seed, epoch, "order"))
+        firsts = [step * batch_size for step in range(start_step, steps)]
+        slices = [slice(first + rank, min(first + batch_size, n), world) for first in firsts]
         return Batches(
-            data=self.split(split),
-            batch_size=batch_size,
-            device=torch.device(device),
-            seed=seed,
-            epoch=epoch,
-            augment=self.resolve(augment),
-            shuffle=train if shuffle is None else shuffle,
-            rank=rank,
-            world=world,
-            start=start_step,
-            steps=self.steps(split, batch_size, drop_last=train if drop_last is None else drop_last),
-            workers=workers,
+            source, order, slices, self.resolve(augment), (seed, epoch), torch.device(device), workers
         )
 
     def resolve(self, augment: Augment | str | None) -> Augment:
@@ -151,45 +108,18 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Batches:
-    """One epoch of one split, see ``Bundle.batches``."""
+    """One epoch of one split: the batches ``order[slice]``, see ``Bundle.batches``."""
 
     data: ArraySplit | FileSplit
-    batch_size: int
-    device: torch.device
-    seed: int
-    epoch: int
+    order: Tensor
+    slices: list[slice]
     augment: Augment
-    shuffle: bool
-    rank: int
-    world: int
-    start: int
-    steps: int
+    key: tuple[int, int]  # seed and epoch
+    device: torch.device
     workers: int | None
 
     def __len__(self) -> int:
-        return max(0, self.steps - self.start)
+        return len(self.slices)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        n = len(self.data)
-        order = torch.randperm(n, generator=stream(self.seed, self.epoch, "order")) if self.shuffle else None
-        if isinstance(self.data, FileSplit):
-            plain = torch.arange(n) if order is None else order
-            parts = [plain[self._slice(step, n)].tolist() for step in range(self.start, self.steps)]
-            key = (self.seed, self.epoch)
-            yield from self.data.batches(parts, self.augment, key, self.device, self.workers)
-            return
-        images, labels = self.data.on(self.device)
-        draws = None
-        if self.augment != NONE:
-            draws = draw(n, self.augment, self.seed, self.epoch).to(self.device, non_blocking=True)
-        if order is not None:
-            order = order.to(self.device, non_blocking=True)
-        for step in range(self.start, self.steps):
-            part = self._slice(step, n)
-            index = torch.arange(n, device=self.device)[part] if order is None else order[part]
-            x = gather(images, index, None if draws is None else draws[part], self.augment)
-            yield normalise(x, self.data.mean, self.data.std), labels[index]
-
-    def _slice(self, step: int, n: int) -> slice:
-        first = step * self.batch_size
-        return slice(first + self.rank, min(first + self.batch_size, n), self.world)
+        return self.data.batches(self.order, self.slices, self.augment, self.key, self.device, self.workers)

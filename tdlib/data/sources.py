@@ -1,46 +1,54 @@
-"""Where arrays come from: scikit-learn, npz files, torchvision. Each source gives checked uint8 arrays."""
+"""Where data come from: scikit-learn, npz files, torchvision, image folders. Each source gives checked
+parts.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..errors import DataError
-from . import names
-from .augment import NONE, Augment
+from tdlib.data import names
+from tdlib.data.augment import NONE, Augment
+from tdlib.data.images import scan
+from tdlib.data.parts import Part, divide
+from tdlib.errors import DataError, needs
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_FLIP = Augment(pad=4, flip=True)
 
 
 @dataclass
-class Arrays:
-    """Splits of a data set as (images (N, H, W, C) uint8, labels (N,) int64); val and test may be absent."""
+class Found:
+    """A data set as it is stored. val and test may be absent; mean and std are the usual ones, if any;
+    augment is what "auto" means for arrays.
+    """
 
-    train: tuple[Tensor, Tensor]
-    val: tuple[Tensor, Tensor] | None
-    test: tuple[Tensor, Tensor] | None
+    train: Part
+    val: Part | None
+    test: Part | None
     classes: list[str]
+    augment: Augment = NONE
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """One torchvision data set: class name there, class names, "auto" augmentation, usual constants, image
-    shape.
+    """One torchvision data set: class name there, class names, "auto" augmentation, image shape (H, W, C),
+    usual constants.
     """
 
     torchvision: str
     classes: list[str]
     augment: Augment
-    shape: tuple[int, int, int]  # (H, W, C)
+    shape: tuple[int, int, int]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -66,61 +74,44 @@ def data_root(root: str | Path | None) -> Path:
     return Path(found).expanduser()
 
 
-def digits(seed: int) -> Arrays:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, 0..16 stretched to 0..255; a fifth (stratified) is
-    the test set.
-
-    The test set is the same for every seed.
+def digits() -> Found:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, 0..16 stretched to 0..255; a fifth (stratified, the
+    same for every seed) is the test set.
     """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
+    data = needs("sklearn.datasets", "train").load_digits()
     pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    images, labels = check(pixels, data.target, "digits", 10)
-    keep, held = split_off(labels, 0.2, seed=0)
-    return Arrays((images[keep], labels[keep]), None, (images[held], labels[held]), names.DIGITS)
+    train, test = divide(check(pixels, data.target, "digits", 10), 0.2, 0, "test")
+    return Found(train, None, test, names.DIGITS)
 
 
-def torchvision_set(name: str, root: str | Path | None) -> Arrays:
+def torchvision_set(name: str, root: str | Path | None) -> Found:
     """A torchvision data set: ROOT/NAME.npz if it exists, else torchvision's own folder under ROOT, else a
     download.
     """
     source, folder = TORCHVISION[name], data_root(root)
     file = folder / f"{name}.npz"
     if file.is_file():
-        arrays = npz(file, source.classes)
-        if tuple(arrays.train[0].shape[1:]) != source.shape:
-            raise DataError(
-                f"{file}: images are {tuple(arrays.train[0].shape[1:])}, {name} has {source.shape}"
-            )
-        return arrays
+        found = npz(file, source.classes)
+        shape = tuple(found.train.items.shape[1:])
+        if shape != source.shape:
+            raise DataError(f"{file}: images are {shape}, {name} has {source.shape}")
+    else:
+        train, test = (_torchvision_part(name, folder, file, train) for train in (True, False))
+        found = Found(train, None, test, source.classes)
+    return replace(found, augment=source.augment, mean=source.mean, std=source.std)
+
+
+def _torchvision_part(name: str, folder: Path, file: Path, train: bool) -> Part:
     import torchvision
 
-    make = getattr(torchvision.datasets, source.torchvision)
-
-    def both(download: bool) -> list[Any]:
+    source = TORCHVISION[name]
+    which: dict[str, Any] = {"train": train}
+    if name == "svhn":
+        which = {"split": "train" if train else "test"}
+    try:
         with warnings.catch_warnings():  # numpy's complaint about how old pickles of CIFAR were written
             warnings.simplefilter("ignore")
-            if name == "svhn":
-                return [make(folder, split=part, download=download) for part in ("train", "test")]
-            return [make(folder, train=part, download=download) for part in (True, False)]
-
-    try:
-        parts = both(download=False)
-    except (RuntimeError, OSError):
-        parts = _download(name, folder, file, both)
-    return Arrays(
-        _torchvision_arrays(parts[0], name, source),
-        None,
-        _torchvision_arrays(parts[1], name, source),
-        source.classes,
-    )
-
-
-def _download(name: str, folder: Path, file: Path, both: Callable[[bool], list[Any]]) -> list[Any]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return both(True)
+            data = getattr(torchvision.datasets, source.torchvision)(folder, download=True, **which)
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"{name} was not found: looked for {file} and torchvision's files under {folder}, and "
@@ -128,17 +119,13 @@ def _download(name: str, folder: Path, file: Path, both: Callable[[bool], list[A
             f"to a folder that holds them, or run once with network access; an .npz needs train_images, "
             f"train_labels, test_images and test_labels"
         ) from error
-
-
-def _torchvision_arrays(part: Any, name: str, source: Source) -> tuple[Tensor, Tensor]:
-    pixels = np.asarray(part.data)
+    pixels, labels = np.asarray(data.data), data.labels if name == "svhn" else data.targets
     if name == "svhn":
         pixels = pixels.transpose(0, 2, 3, 1)
-    labels = np.asarray(part.targets if hasattr(part, "targets") else part.labels)
-    return check(pixels, labels, name, len(source.classes))
+    return check(pixels, np.asarray(labels), name, len(source.classes))
 
 
-def npz(path: Path, classes: list[str] | None = None) -> Arrays:
+def npz(path: Path, classes: list[str] | None = None) -> Found:
     """An .npz as MedMNIST names its arrays: train_images, train_labels and optional val_*, test_*, classes.
 
     images: uint8, grey (N, H, W) or colour (N, H, W, 1 or 3); labels: integers (N,) or (N, 1). Raises
@@ -156,30 +143,23 @@ def npz(path: Path, classes: list[str] | None = None) -> Arrays:
             raise DataError(f"{path} has no array {key!r}; it has {', '.join(sorted(arrays)) or 'none'}")
     if "classes" in arrays:
         classes = [str(name) for name in arrays["classes"].ravel()]
-    where = f"{path}: train"
-    train = check(
-        arrays["train_images"],
-        arrays["train_labels"],
-        where,
-        len(classes) if classes else None,
-        every_class=True,
-    )
-    classes = classes or [str(i) for i in range(int(train[1].max()) + 1)]
-    held: list[tuple[Tensor, Tensor] | None] = []
+    count = len(classes) if classes else None
+    train = check(arrays["train_images"], arrays["train_labels"], f"{path}: train", count, every_class=True)
+    classes = classes or [str(i) for i in range(int(train.labels.max()) + 1)]
+    held: dict[str, Part] = {}
     for part in ("val", "test"):
         if f"{part}_images" not in arrays:
-            held.append(None)
             continue
         if f"{part}_labels" not in arrays:
             raise DataError(f"{path} has {part}_images but no {part}_labels")
-        found = check(arrays[f"{part}_images"], arrays[f"{part}_labels"], f"{path}: {part}", len(classes))
-        if found[0].shape[1:] != train[0].shape[1:]:
-            raise DataError(
-                f"{path}: {part} images are {tuple(found[0].shape[1:])}, "
-                f"train images {tuple(train[0].shape[1:])}"
-            )
-        held.append(found)
-    return Arrays(train, held[0], held[1], classes)
+        where = f"{path}: {part}"
+        found = check(arrays[f"{part}_images"], arrays[f"{part}_labels"], where, len(classes))
+        have, want = tuple(found.items.shape[1:]), tuple(train.items.shape[1:])
+        if have != want:
+            raise DataError(f"{where} images are {have}, train images {want}")
+        held[part] = found
+    augment = Augment(pad=max(1, train.items.shape[1] // 8))
+    return Found(train, held.get("val"), held.get("test"), classes, augment)
 
 
 def check(
@@ -188,7 +168,7 @@ def check(
     where: str,
     classes: int | None = None,
     every_class: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Part:
     """Images as (N, H, W, C) uint8, labels as (N,) int64 tensors. Raises DataError saying what is wrong."""
     if images.dtype != np.uint8:
         raise DataError(
@@ -218,23 +198,33 @@ def check(
         raise DataError(f"{where}: empty class, no images with label {', '.join(map(str, empty))}")
     if every_class and len(present) < 2:
         raise DataError(f"{where} has one class only, a classifier needs at least two")
-    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
+    return Part(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels))
 
 
-def split_off(labels: Tensor, fraction: float, seed: int, label: str = "validation") -> tuple[Tensor, Tensor]:
-    """(kept, held out) sorted image numbers: ``fraction`` of each class, drawn by ``seed``, at least one kept
-    each.
-    """
-    from .augment import stream
+def folder(path: Path) -> Found:
+    """An image folder with train/, [val/ or valid/], [test/] or, without train/, one folder per class."""
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist or is not a folder")
+    flat = not (path / "train").is_dir()
+    classes, paths, labels = scan(path if flat else path / "train")
+    held: dict[str, Part] = {}
+    for part, names_of_it in {"val": ("val", "valid"), "test": ("test",)}.items():
+        for name in names_of_it:
+            if not flat and (path / name).is_dir():
+                _, files, answers = scan(path / name, classes)
+                held[part] = Part(files, torch.tensor(answers))
+    train = Part(paths, torch.tensor(labels))
+    return Found(train, held.get("val"), held.get("test"), classes, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
-    if not 0 <= fraction < 1:
-        raise DataError(f"the {label} fraction must be in [0, 1), not {fraction}")
-    order = torch.randperm(len(labels), generator=stream(seed, "split"))
-    held = []
-    for value in labels.unique().tolist():
-        members = order[labels[order] == value]
-        held.append(members[: min(round(len(members) * fraction), len(members) - 1)])
-    out = torch.cat(held).sort().values
-    mask = torch.ones(len(labels), dtype=torch.bool)
-    mask[out] = False
-    return mask.nonzero()[:, 0], out
+
+def imagenet(root: str | Path | None) -> Found:
+    """ImageNet as its folders train/ and val/; its public validation images are the literature's test set."""
+    base = data_root(root)
+    for path in (base / "imagenet", base):
+        if (path / "train").is_dir() and (path / "val").is_dir():
+            found = folder(path)
+            return replace(found, val=None, test=found.val)
+    raise DataError(
+        f"imagenet was not found: looked for folders train/ and val/ (one sub-folder per class) in "
+        f"{base / 'imagenet'} and {base}. It cannot be downloaded; set TDLIB_DATA or root= to where it is"
+    )

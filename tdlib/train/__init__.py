@@ -1,22 +1,28 @@
-"""Training and evaluation: ``fit``, ``evaluate``, ``agreement``; methods attach themselves by a ``Hook``.
-``tune_cpu`` finds the fastest way to train on a CPU.
-"""
+"""Training and evaluation: ``fit``, ``evaluate``, ``agreement``; methods attach themselves by a ``Hook``."""
 
-from .evaluation import agreement, evaluate
-from .hooks import Context, Hook
-from .loop import History, fit
-from .schedule import learning_rate
-from .tuning import Setting, Tuning, tune_cpu
+from tdlib.train.evaluation import agreement, evaluate, inference
+from tdlib.train.hooks import Context, Hook
+from tdlib.train.loop import fit
+from tdlib.train.options import require_finished, stage, training_options
+from tdlib.train.run import History
+from tdlib.train.schedule import learning_rate
+from tdlib.train.selection import EarlyStopping, KeepBest, accuracies, fit_selected, recalibrated
 
 __all__ = [
     "Context",
+    "EarlyStopping",
     "History",
     "Hook",
-    "Setting",
-    "Tuning",
+    "KeepBest",
+    "accuracies",
     "agreement",
     "evaluate",
     "fit",
+    "fit_selected",
+    "inference",
     "learning_rate",
-    "tune_cpu",
+    "recalibrated",
+    "require_finished",
+    "stage",
+    "training_options",
 ]

@@ -7,7 +7,6 @@ values, read with ``weights_only=True``, so no code is ever unpickled).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from tdlib.errors import CheckpointError
+from tdlib.files import write_atomic
 
 NAME = "checkpoint.tdlib"
 MAGIC = b"tdlib-checkpoint-1\n"
@@ -53,22 +53,6 @@ def write(directory: Path, state: dict[str, Any]) -> Path:
         kept = "the last good checkpoint is kept" if path.exists() else "there is no earlier checkpoint"
         raise CheckpointError(f"checkpoint {path} could not be written ({error}); {kept}") from error
     return path
-
-
-def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a temporary file beside ``path``, flush it to the disk and rename it over ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def read(directory: Path, identity: dict[str, str] | None = None) -> dict[str, Any] | None:
@@ -110,14 +94,3 @@ def structure(model: nn.Module) -> str:
     rows = [(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
     rows += [(name, value.requires_grad) for name, value in model.named_parameters()]  # type: ignore[misc]
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-
-
-def to_cpu(value: Any) -> Any:
-    """Nested dicts and lists with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_cpu(item) for item in value)
-    return value

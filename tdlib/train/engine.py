@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from ..errors import TdlibError, UnknownName
-from .hooks import Context
+from tdlib.errors import TdlibError, needs, unknown
+from tdlib.progress import bar
+from tdlib.train.hooks import Context
 
 
 @dataclass
 class Engine:
     """Where and how a model is trained. ``net`` is what the loop calls: the model, compiled or wrapped for
-    DDP.
+    DDP. accelerator: Accelerate's Accelerator.
     """
 
-    accelerator: Accelerator
+    accelerator: Any
     device: torch.device
     model: nn.Module
     net: nn.Module
@@ -40,13 +39,15 @@ class Engine:
         """Move the model to its device and set up Accelerate (one process, or those of ``accelerate
         launch``).
         """
+        accelerate = needs("accelerate", "train")
         if precision not in ("no", "bf16"):
-            raise UnknownName(f"unknown precision {precision!r}; valid: no, bf16")
+            raise unknown("precision", precision, ("no", "bf16"))
         wanted = torch.device(device) if device is not None else None
         if wanted is not None and wanted.type == "cuda" and not torch.cuda.is_available():
             raise TdlibError(f"device {wanted} was asked for, but torch finds no CUDA device")
-        AcceleratorState._reset_state(True)  # a process may train several times, on different devices
-        accelerator = Accelerator(
+        # A process may train several times, on different devices.
+        accelerate.state.AcceleratorState._reset_state(True)
+        accelerator = accelerate.Accelerator(
             cpu=wanted is not None and wanted.type == "cpu", mixed_precision=precision, device_placement=False
         )
         single = accelerator.num_processes == 1
@@ -54,11 +55,11 @@ class Engine:
         model.to(where)
         if channels_last:
             model.to(memory_format=torch.channels_last)
-        net = model
+        net: Any = model
         if not single:
             net = accelerator.prepare_model(model, device_placement=False)
         if compile:
-            net = torch.compile(net)  # type: ignore[assignment]
+            net = torch.compile(net)
         return cls(accelerator, where, model, net)
 
     @property
@@ -89,18 +90,18 @@ class Engine:
 
     def total(self, value: Tensor) -> Tensor:
         """Sum over processes."""
-        return value if self.world == 1 else self.accelerator.reduce(value, "sum")
+        return self.accelerator.reduce(value, "sum")
 
     def largest(self, value: Tensor) -> Tensor:
         """Largest over processes."""
-        return value if self.world == 1 else self.accelerator.gather(value.reshape(1)).max()
+        return self.accelerator.gather(value.reshape(1)).max()
 
     def agree(self, decision: bool) -> bool:
         """The main process's decision."""
         if self.world == 1:
             return decision
         vote = torch.tensor(int(decision and self.main), device=self.device)
-        return bool(self.accelerator.reduce(vote, "sum") > 0)
+        return bool(self.total(vote) > 0)
 
     def share_buffers(self) -> None:
         """Give every process the main process's buffers (running statistics of BatchNorm)."""
@@ -127,6 +128,9 @@ def stream_seed(*key: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
 def make_optimizer(
     model: nn.Module,
     name: str,
@@ -136,58 +140,50 @@ def make_optimizer(
     nesterov: bool,
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW over the trainable parameters, fused where the device has it."""
+    """SGD, Adam or AdamW over the trainable parameters, fused where the device has it. ``momentum`` is the
+    first beta of Adam.
+    """
+    if name not in OPTIMIZERS:
+        raise unknown("optimizer", name, OPTIMIZERS)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise TdlibError("the model has no trainable parameters")
-    fused = device.type in ("cpu", "cuda") and all(p.is_floating_point() for p in parameters)
-    common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": fused}
+    options: dict[str, Any] = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "fused": device.type in ("cpu", "cuda"),
+    }
     if name == "sgd":
-        return torch.optim.SGD(parameters, momentum=momentum, nesterov=nesterov, **common)
-    if name == "adam":
-        return torch.optim.Adam(parameters, betas=(momentum, 0.999), **common)
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, betas=(momentum, 0.999), **common)
-    raise UnknownName(f"unknown optimizer {name!r}; valid: sgd, adam, adamw")
+        options |= {"momentum": momentum, "nesterov": nesterov}
+    else:
+        options["betas"] = (momentum, 0.999)
+    return OPTIMIZERS[name](parameters, **options)
 
 
 class Progress:
     """A bar over all steps with loss, accuracy and time left. On a GPU the numbers change once per epoch."""
 
     def __init__(self, show: bool, total: int, done: int) -> None:
-        self.bar: Any = None
-        if show:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=done, unit="step", mininterval=0.5, dynamic_ncols=True)
+        self.bar = bar(None, None, "step", show, total=total, initial=done)
+        self.show = show
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
-    def advance(self, totals: Tensor, ctx: Context, live: bool) -> None:
-        """One step further; ``live`` reads the running totals."""
-        if self.bar is None:
-            return
-        if live:
+    def advance(self, totals: Tensor, ctx: Context) -> None:
+        """One step further."""
+        if self.show and totals.device.type == "cpu":
             loss, correct, n = totals.tolist()
-            self.bar.set_postfix_str(
-                f"epoch {ctx.epoch + 1}/{ctx.epochs} loss {loss / n:.3f} acc {100 * correct / n:.1f}%",
-                refresh=False,
-            )
-        self.bar.update(1)
+            now = f"epoch {ctx.epoch + 1}/{ctx.epochs} loss {loss / n:.3f} acc {100 * correct / n:.1f}%"
+            self.bar.set_postfix_str(now, refresh=False)
+        self.bar.update()
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Show a finished epoch's metrics."""
-        if self.bar is not None:
-            shown = [
-                f"epoch {row['epoch'] + 1}",
-                f"loss {row['train_loss']:.3f}",
-                f"acc {row['train_accuracy']:.1f}%",
-            ]
-            if "val_accuracy" in row:
-                shown.append(f"val {row['val_accuracy']:.1f}%")
-            self.bar.set_postfix_str(" ".join(shown))
+        now = f"epoch {row['epoch'] + 1} loss {row['train_loss']:.3f} acc {row['train_accuracy']:.1f}%"
+        if "val_accuracy" in row:
+            now += f" val {row['val_accuracy']:.1f}%"
+        self.bar.set_postfix_str(now)

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from ..data import Bundle
-from ..errors import DataError
+from tdlib.data import Bundle
+from tdlib.errors import DataError
+from tdlib.modes import evaluating
 
 
 def evaluate(
@@ -20,10 +22,10 @@ def evaluate(
     batch_size: int = 256,
     device: str | torch.device | None = None,
 ) -> dict[str, float]:
-    """``{"loss", "accuracy", "n"}`` over a whole split; accuracy in percent. Default device: where the model
-    is.
+    """``{"loss", "accuracy", "n"}`` over a whole split; accuracy in percent.
 
-    The model's training mode is left as it was. Raises DataError for an empty split.
+    device: default where the model is, else the model is moved there. Its training mode is left as it was.
+    Raises DataError for an empty split.
     """
     where = _place(model, device)
     if not len(data.split(split)):
@@ -43,7 +45,7 @@ def agreement(
     """How far ``compressed`` answers like ``dense``.
 
     ``agreement``: percent of inputs with the same top-1 class; ``kl``: mean KL divergence in nats of
-    compressed's class probabilities from dense's; ``n``.
+    compressed's class probabilities from dense's; ``n``. device: as in ``evaluate``, for both networks.
     """
     where = _place(dense, device)
     _place(compressed, where)
@@ -105,20 +107,13 @@ def metrics(totals: list[float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Evaluation mode without gradients; kernels that are composed of factors are composed once."""
+    with evaluating(model), torch.no_grad(), parametrize.cached():
+        yield
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    parameter = next(model.parameters(), torch.zeros(0))
     if device is None:
-        return parameter.device
+        return next(model.parameters(), torch.zeros(0)).device
     model.to(device)
     return torch.device(device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Bundle
+from tdlib.data import Bundle
 
 
 @dataclass

@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..data import Augment, Bundle
-from ..errors import TdlibError
-from . import checkpoint as store
-from .engine import Engine, Progress, make_optimizer
-from .hooks import Context, Hook
-from .run import History, Run
-from .schedule import check_schedule, learning_rate
+from tdlib.data import Augment, Bundle
+from tdlib.errors import TdlibError
+from tdlib.train import checkpoint as store
+from tdlib.train.engine import Engine, Progress, make_optimizer
+from tdlib.train.hooks import Context, Hook
+from tdlib.train.run import History, Run
+from tdlib.train.schedule import check_schedule, learning_rate
 
 
 def fit(
@@ -51,7 +52,7 @@ def fit(
     clip_norm: float | None = None,
 ) -> History:
     """Train ``model`` in place on ``data.train``; each epoch is measured on ``data.val`` (never on the test
-    set).
+    set). The model stays on the device that it was trained on.
 
     batch_size: over all processes together. Batches that do not fill up at the end of an epoch are left out
     (other images each epoch). schedule: see ``learning_rate``. label_smoothing applies to the training loss.
@@ -63,7 +64,7 @@ def fit(
     compile: torch.compile the forward pass. The global random state is left as it was.
 
     Raises NonFiniteError (loss NaN or infinite; the checkpoint before it is kept), CheckpointError,
-    TdlibError.
+    UnknownName, TdlibError (also where accelerate is missing).
     """
     identity_of = {key: value for key, value in locals().items() if key not in _NOT_IDENTITY}
     _check(epochs, lr, batch_size, label_smoothing, checkpoint_steps, max_minutes, data)
@@ -91,10 +92,10 @@ def fit(
     run.restore(saved)
     if history.finished:
         return history
-    rate = {
-        "base": lr, "epochs": epochs, "schedule": schedule, "step_epochs": step_epochs,
-        "step_gamma": step_gamma, "warmup_epochs": warmup_epochs,
-    }  # fmt: skip
+    rate = partial(
+        learning_rate, base=lr, epochs=epochs, schedule=schedule, step_epochs=step_epochs,
+        step_gamma=step_gamma, warmup_epochs=warmup_epochs,
+    )  # fmt: skip
     bar = Progress(progress and engine.main, epochs * ctx.steps, ctx.epoch * ctx.steps + ctx.step)
     with engine.running(), bar:
         while ctx.epoch < epochs and not ctx.stop:
@@ -105,7 +106,7 @@ def fit(
             run.begin_epoch(seed)
             for x, y in batches:
                 for group in optim.param_groups:
-                    group["lr"] = learning_rate(ctx.epoch + ctx.step / ctx.steps, **rate)  # type: ignore[arg-type]
+                    group["lr"] = rate(ctx.epoch + ctx.step / ctx.steps)
                 run.step(x, y, min(batch_size, len(data.train)), label_smoothing, clip_norm, bar)
                 if ctx.step < ctx.steps and run.pause():
                     return history

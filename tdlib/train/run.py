@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import NonFiniteError
-from . import checkpoint as store
-from .engine import Engine, Progress, stream_seed
-from .evaluation import add, metrics, new_totals, sums
-from .hooks import Context, Hook
+from tdlib.errors import NonFiniteError, needs
+from tdlib.train import checkpoint as store
+from tdlib.train.engine import Engine, Progress, stream_seed
+from tdlib.train.evaluation import add, metrics, new_totals, sums
+from tdlib.train.hooks import Context, Hook
 
 
 @dataclass
@@ -26,10 +26,8 @@ class History:
     finished: bool = False
 
     def to_frame(self) -> Any:
-        """The rows as a pandas DataFrame."""
-        import pandas
-
-        return pandas.DataFrame(self.rows)
+        """The rows as a pandas DataFrame. Raises TdlibError where pandas is missing."""
+        return needs("pandas", "train").DataFrame(self.rows)
 
 
 @dataclass
@@ -100,7 +98,7 @@ class Run:
         for hook in self.hooks:
             hook.after_step(ctx)
         ctx.step += 1
-        bar.advance(self.totals, ctx, live=engine.device.type == "cpu")
+        bar.advance(self.totals, ctx)
 
     def check_finite(self) -> None:
         """Raises NonFiniteError if the loss of a step of this epoch was NaN or infinite."""
@@ -122,8 +120,9 @@ class Run:
 
     def out_of_time(self) -> bool:
         """Whether ``max_minutes`` are over (the main process decides for all)."""
-        over = self.minutes is not None and time.monotonic() - self.started > 60 * self.minutes
-        return over if self.minutes is None else self.engine.agree(over)
+        if self.minutes is None:
+            return False
+        return self.engine.agree(time.monotonic() - self.started > 60 * self.minutes)
 
     def end_epoch(self, validate: bool, batch_size: int, bar: Progress) -> None:
         """Read the epoch's totals (the one host synchronisation), validate, write row and checkpoint."""
@@ -169,7 +168,7 @@ class Run:
             state["optimizer"] = ctx.optimizer.state_dict()
             state["totals"], state["rng"] = self.totals, self.engine.get_rng()
             state["spent"] = self.spent + time.monotonic() - self.epoch_started if ctx.step else 0.0
-        store.write(self.directory, store.to_cpu(state))
+        store.write(self.directory, state)
 
     def restore(self, saved: dict[str, Any] | None) -> None:
         """Continue from ``saved``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..errors import TdlibError, UnknownName
+from tdlib.errors import TdlibError, unknown
 
 SCHEDULES = ("cosine", "step", "constant")
 
@@ -38,7 +38,7 @@ def learning_rate(
 def check_schedule(schedule: str, step_epochs: int | None, warmup_epochs: float, epochs: int) -> None:
     """Raises UnknownName or TdlibError for a schedule that cannot be."""
     if schedule not in SCHEDULES:
-        raise UnknownName(f"unknown schedule {schedule!r}; valid: {', '.join(SCHEDULES)}")
+        raise unknown("schedule", schedule, SCHEDULES)
     if step_epochs is not None and step_epochs < 1:
         raise TdlibError(f"step_epochs must be at least 1, got {step_epochs}")
     if warmup_epochs < 0 or (epochs and warmup_epochs >= epochs):

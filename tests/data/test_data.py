@@ -1,16 +1,17 @@
 """Data: splits, batches as a function of (seed, epoch, step), sources, and errors before training starts."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tdlib import data
-from tdlib.data import Augment
-from tdlib.data import files as data_files
-from tdlib.data import sources as data_sources
+from tdlib.data import Augment, loading
 from tdlib.data.augment import draw, gather
-from tdlib.errors import DataError, UnknownName
+from tdlib.data.images import random_area
+from tdlib.errors import DataError, TdlibError, UnknownName
 
 
 def _npz(path, n=60, count=3, shape=(12, 12, 3), parts=("train", "test"), **replace):
@@ -43,6 +44,12 @@ def test_digits():
     )
     image, label = digits.train[5]
     assert torch.allclose(image, x[5]) and label == int(digits.train.labels[5])
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(TdlibError, match=r"this needs sklearn.*pip install 'tdlib\[train\]'"):
+        data.load("digits")
 
 
 def test_splits_by_seed_stratified_disjoint_and_test_untouched():
@@ -180,8 +187,8 @@ def test_cifar_from_npz_under_root(tmp_path, monkeypatch):
 def test_torchvision_set_that_is_nowhere(tmp_path, monkeypatch):
     import torchvision
 
-    def no_network(*_, download, **__):
-        raise OSError("no network") if download else RuntimeError("Dataset not found")
+    def no_network(*_, **__):
+        raise OSError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "SVHN", no_network)
     with pytest.raises(
@@ -230,7 +237,7 @@ def test_image_folder_with_splits(tmp_path):
 def test_large_folders_are_read_from_disk(tmp_path, monkeypatch):
     root = _folder(tmp_path / "f", {"ant": 10, "bee": 10})
     small = data.load(f"imagefolder:{root}")
-    monkeypatch.setattr(data, "CACHE_BYTES", 0)
+    monkeypatch.setattr(loading, "CACHE_BYTES", 0)
     large = data.load(f"imagefolder:{root}")
     assert isinstance(large.train, data.FileSplit) and torch.equal(large.train.labels, small.train.labels)
     assert torch.equal(large.train[3][0], small.train[3][0])
@@ -280,7 +287,7 @@ def test_bad_folders(tmp_path):
         (lambda: data.load("digits", image_size=2), DataError, "image_size"),
         (lambda: data.load("digits", limit=1), DataError, "limit"),
         (lambda: data.load("digits", mean=[1.0, 2.0]), DataError, "mean and std need 1"),
-        (lambda: data.load("digits").batches("dev", 8), DataError, "train, val, test"),
+        (lambda: data.load("digits").batches("dev", 8), UnknownName, "test, train, val"),
         (lambda: data.load("digits").batches("train", 0), DataError, "batch_size"),
         (lambda: data.load("digits").batches("train", 8, augment="much"), DataError, "unknown augment"),
         (lambda: Augment(mode="wrap"), DataError, "reflect"),
@@ -294,7 +301,7 @@ def test_errors(call, error, message):
 
 def test_random_areas_lie_inside():
     for i in range(50):
-        box = data_files._random_area((40, 20), 0.25, data_sources.torch.Generator().manual_seed(i))
+        box = random_area((40, 20), 0.25, torch.Generator().manual_seed(i))
         assert 0 <= box[0] < box[2] <= 40.001 and 0 <= box[1] < box[3] <= 20.001
 
 

@@ -1,5 +1,7 @@
 """Models: exact counts, names of public checkpoints, weights from files, errors that say what is valid."""
 
+import copy
+import sys
 import urllib.error
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from tdlib import models
-from tdlib.errors import DataError, TdlibError, UnknownName
+from tdlib.errors import ClassCountError, DataError, TdlibError, UnknownName
+from tdlib.models import building
 from tdlib.models import weights as weight_files
+from tdlib.provenance import Provenance, provenance
 
 
 def _count(net):
@@ -63,10 +67,8 @@ def test_option_a_shortcut_is_subsampling_and_zero_channels():
 def test_small_networks_fit_any_input(name, shape):
     net = models.build(name, 7, input_shape=shape)
     assert net(torch.zeros(2, *shape)).shape == (2, 7)
-    assert net._tdlib == {
-        "spec": {"name": name, "classes": 7, "kwargs": {"input_shape": list(shape)}},
-        "layers": {},
-    }
+    spec = {"name": name, "classes": 7, "kwargs": {"input_shape": list(shape)}}
+    assert provenance(net) == provenance(copy.deepcopy(net)) == Provenance(spec)
 
 
 def test_lstm_is_torch_lstm():
@@ -91,7 +93,7 @@ def test_grey_stems():
 def test_torchvision_by_both_names():
     plain, prefixed = models.build("resnet18", 1000), models.build("torchvision:resnet18", 1000)
     assert _count(plain) == _count(prefixed) == 11_689_512
-    assert plain._tdlib["spec"]["name"] == "resnet18"
+    assert provenance(plain).spec["name"] == "resnet18"
     assert {"resnet20", "cnn", "lstm", "resnet18", "vgg16"} <= set(models.available())
 
 
@@ -169,6 +171,7 @@ def test_bad_weight_files(tmp_path, capsys, write, message):
     [
         (lambda: models.build("resnet21", 10), UnknownName, "resnet20"),
         (lambda: models.build("torchvision:nothing", 10), UnknownName, "resnet18"),
+        (lambda: models.build("resnet18", 5, weights="DEFAULT"), ClassCountError, "for 1000 classes.*has 5"),
         (lambda: models.build("cnn", 0), TdlibError, "at least 1"),
         (lambda: models.build("cnn", 10, depth=3), DataError, "depth"),
         (lambda: models.build("lstm", 10, input_shape=(3,)), DataError, "sequences"),
@@ -184,8 +187,8 @@ def test_errors(call, error, message):
 
 
 def test_timm_absent_says_how(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(DataError, match="pip install timm"):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(TdlibError, match=r"this needs timm.*pip install 'tdlib\[timm\]'"):
         models.build("timm:resnet10t", 10)
 
 
@@ -195,10 +198,10 @@ def test_pretrained_reads_the_zoo(tmp_path, monkeypatch):
     save_file(
         state, tmp_path / "mine.safetensors", {"name": "resnet20", "classes": "5", "input_shape": "3,32,32"}
     )
-    monkeypatch.setattr(models, "ZOO", tmp_path)
+    monkeypatch.setattr(building, "ZOO", tmp_path)
     loaded = models.pretrained("mine")
     assert torch.equal(loaded.linear.weight, net.linear.weight.half().float())
-    with pytest.raises(UnknownName, match="there are: mine"):
+    with pytest.raises(UnknownName, match="Valid names: mine"):
         models.pretrained("other")
 
 
@@ -220,7 +223,7 @@ def test_every_shipped_network_says_what_it_is_and_loads_by_name():
         net = models.pretrained(name)
         same = models.build(meta["name"], int(meta["classes"]), weights=name)
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), same.parameters(), strict=True))
-        assert (models.ZOO / f"{name}.safetensors").stat().st_size <= 2**20
+        assert (building.ZOO / f"{name}.safetensors").stat().st_size <= 2**20
 
 
 def test_weights_that_cannot_be_downloaded_name_the_file_to_provide(monkeypatch):

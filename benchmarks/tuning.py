@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Bundle
-from ..errors import TdlibError, UnknownName
+from tdlib.data import Bundle
+from tdlib.errors import TdlibError, unknown
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def tune_cpu(
     CPU has it in hardware; ``("no",)`` to leave the numerics alone. rounds: measured steps of each setting,
     after one that is not measured.
 
-        found = tdlib.train.tune_cpu(model, data)
+        found = tune_cpu(model, data)
         print(found)
         with found.applied() as options:
             tdlib.train.fit(model, data, epochs=10, **options)
@@ -109,7 +109,7 @@ def tune_cpu(
     kinds = list(precisions) if precisions is not None else ["no", "bf16"] if has_bf16() else ["no"]
     for kind in kinds:
         if kind not in ("no", "bf16"):
-            raise UnknownName(f"unknown precision {kind!r}; valid: no, bf16")
+            raise unknown("precision", kind, ("no", "bf16"))
     settings = [Setting(last, kind, n) for n in counts for kind in kinds for last in (False, True)]
     x, y = next(iter(data.batches("train", min(batch_size, len(data.train)), shuffle=False)))
     times: dict[Setting, list[float]] = {setting: [] for setting in settings}

@@ -1,4 +1,4 @@
-"""``tune_cpu``: what it measures, and that it leaves everything as it was."""
+"""``benchmarks.tuning.tune_cpu``: what it measures, and that it leaves everything as it was."""
 
 import copy
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tdlib
+from benchmarks import tuning
 from tdlib.errors import TdlibError, UnknownName
-from tdlib.train import tuning
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,7 @@ def small():
 
 
 def test_measures_every_setting_and_chooses_the_fastest(digits):
-    found = tdlib.train.tune_cpu(
-        small(), digits, batch_size=16, threads=(1,), precisions=("no", "bf16"), rounds=2
-    )
+    found = tuning.tune_cpu(small(), digits, batch_size=16, threads=(1,), precisions=("no", "bf16"), rounds=2)
     assert len(found.rows) == 4 and {"contiguous, float32, 1 thread", "channels_last, bf16, 1 thread"} <= {
         row["setting"] for row in found.rows
     }
@@ -38,7 +36,7 @@ def test_measures_every_setting_and_chooses_the_fastest(digits):
 def test_chooses_by_the_clock_alone(digits, monkeypatch):
     wanted = tuning.Setting(channels_last=False, precision="bf16", threads=1)
     monkeypatch.setattr(tuning._Step, "__call__", lambda self: 0.5 if self.setting == wanted else 1.0)
-    found = tdlib.train.tune_cpu(small(), digits, threads=(1,), precisions=("no", "bf16"))
+    found = tuning.tune_cpu(small(), digits, threads=(1,), precisions=("no", "bf16"))
     assert found.best == wanted
     assert found.options == {"device": "cpu", "channels_last": False, "precision": "bf16"}
     assert found.rows[0]["speed-up"] == 2
@@ -47,7 +45,7 @@ def test_chooses_by_the_clock_alone(digits, monkeypatch):
 def test_leaves_model_random_state_and_threads_alone(digits):
     model = small().eval()
     before, state, threads = copy.deepcopy(model.state_dict()), torch.get_rng_state(), torch.get_num_threads()
-    found = tdlib.train.tune_cpu(model, digits, batch_size=8, rounds=1)
+    found = tuning.tune_cpu(model, digits, batch_size=8, rounds=1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model.training and torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
@@ -59,8 +57,8 @@ def test_leaves_model_random_state_and_threads_alone(digits):
 
 def test_bad_arguments_are_named(digits):
     with pytest.raises(TdlibError, match="threads must be between 1 and"):
-        tdlib.train.tune_cpu(small(), digits, threads=(0,))
+        tuning.tune_cpu(small(), digits, threads=(0,))
     with pytest.raises(TdlibError, match="rounds >= 1"):
-        tdlib.train.tune_cpu(small(), digits, rounds=0)
+        tuning.tune_cpu(small(), digits, rounds=0)
     with pytest.raises(UnknownName, match="fp8"):
-        tdlib.train.tune_cpu(small(), digits, precisions=("fp8",))
+        tuning.tune_cpu(small(), digits, precisions=("fp8",))

@@ -1,0 +1,127 @@
+"""``build`` and the networks that are shipped with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tdlib.errors import DataError, TdlibError, unknown
+from tdlib.models.cifar_resnet import DEPTHS, CifarResNet
+from tdlib.models.external import build_timm, build_torchvision, torchvision_names
+from tdlib.models.small import LSTMClassifier, SmallCNN
+from tdlib.models.weights import load_weights, read_state_dict
+from tdlib.provenance import Provenance, attach
+
+OWN = (*DEPTHS, "cnn", "lstm")
+ZOO = Path(__file__).parent / "zoo"
+
+
+def available() -> list[str]:
+    """Every name that ``build`` knows: the library's own, then torchvision's. timm's are written
+    ``timm:NAME``.
+    """
+    return [*OWN, *torchvision_names()]
+
+
+def build(
+    name: str,
+    classes: int | Sequence[str],
+    *,
+    input_shape: Sequence[int] | None = None,
+    weights: str | Path | None = None,
+    new_head: bool = False,
+    **kw: Any,
+) -> nn.Module:
+    """Build a classifier for ``classes`` classes (a count, or the list of their names).
+
+    name: ``resnet20|32|56`` (32x32 images, option-A shortcuts), ``cnn``, ``lstm``, a torchvision name
+    (``resnet18`` or ``torchvision:resnet18``) or ``timm:NAME``.
+    input_shape: (channels, height, width) of one input; ``cnn`` and ``lstm`` need it (default (1, 8, 8), the
+    digits), others use its channel count for their first convolution.
+    weights: a torchvision weight name (``DEFAULT``, ``IMAGENET1K_V1``), a local file (safetensors or a
+    state_dict) or a name of ``shipped()``.
+    new_head: keep a fresh last layer where the weights have another number of classes.
+
+    Raises UnknownName, DataError where weights do not fit, TdlibError where timm is needed and missing.
+    """
+    count = classes if isinstance(classes, int) else len(classes)
+    if count < 1:
+        raise TdlibError(f"classes must be at least 1, got {count}")
+    shape = tuple(int(n) for n in input_shape) if input_shape is not None else None
+    file, hub = _weight_source(weights)
+    try:
+        if name in OWN:
+            model = _own(name, count, shape, hub, kw)
+        elif name.startswith("timm:"):
+            model = build_timm(name.removeprefix("timm:"), count, shape, hub, kw)
+        else:
+            name = name.removeprefix("torchvision:")
+            if name not in torchvision_names():
+                raise unknown("model", name, [*available(), "timm:NAME"])
+            model = build_torchvision(name, count, shape, hub, new_head, kw)
+    except TypeError as error:
+        raise DataError(f"cannot build {name!r} with these options: {error}") from error
+    if file is not None:
+        load_weights(model, file, new_head=new_head)
+    kwargs = kw if shape is None else {**kw, "input_shape": list(shape)}
+    attach(model, Provenance({"name": name, "classes": count, "kwargs": kwargs}))
+    return model
+
+
+def pretrained(name: str) -> nn.Module:
+    """A network trained by this project and shipped with the package (offline), e.g.
+    ``resnet20-cifar100-reduced``; `shipped` says how well it was trained.
+
+    Raises UnknownName listing what is there.
+    """
+    if name not in _zoo():
+        raise unknown("pretrained network", name, _zoo())
+    state, meta = read_state_dict(_zoo()[name])
+    shape = [int(n) for n in meta["input_shape"].split(",")]
+    return load_weights(build(meta["name"], int(meta["classes"]), input_shape=shape), state, source=name)
+
+
+def shipped() -> dict[str, dict[str, str]]:
+    """The networks of ``pretrained``: name -> network, classes, data set, the scale of its training and the
+    test accuracy measured for it.
+    """
+    return {name: read_state_dict(path)[1] for name, path in _zoo().items()}
+
+
+def _zoo() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(ZOO.glob("*.safetensors"))}
+
+
+def _own(name: str, classes: int, shape: tuple[int, ...] | None, hub: str | None, kw: Any) -> nn.Module:
+    if hub is not None:
+        raise DataError(
+            f"{name} has no weights named {hub!r} and no file of that name exists; give a local file"
+        )
+    if name in DEPTHS:
+        return CifarResNet(DEPTHS[name], classes, shape[0] if shape else 3, **kw)
+    shape = shape or (1, 8, 8)
+    if name == "cnn":
+        return SmallCNN(classes, shape[0], **kw)
+    if len(shape) not in (2, 3):
+        raise DataError(
+            f"lstm takes images (channels, rows, columns) or sequences (steps, features), not shape {shape}"
+        )
+    features = shape[1] if len(shape) == 2 else shape[0] * shape[2]  # the rows of images are time steps
+    return LSTMClassifier(classes, features, **kw)
+
+
+def _weight_source(weights: str | Path | None) -> tuple[Path | None, str | None]:
+    """Split ``weights`` into (local file, name at torchvision or timm)."""
+    if weights is None:
+        return None, None
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path, None
+    if str(weights) in _zoo():
+        return _zoo()[str(weights)], None
+    if isinstance(weights, Path) or path.suffix or len(path.parts) > 1:
+        raise DataError(f"weight file {path} does not exist")
+    return None, str(weights)

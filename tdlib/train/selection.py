@@ -1,0 +1,113 @@
+"""Which epoch's weights are kept: chosen on the validation split, never on test; and how good they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdlib.calibration import recalibrate_batchnorm
+from tdlib.data import Bundle
+from tdlib.train.evaluation import evaluate
+from tdlib.train.hooks import Context, Hook
+from tdlib.train.loop import fit
+from tdlib.train.options import require_finished
+from tdlib.train.run import History
+
+
+class KeepBest(Hook):
+    """Remembers the weights of the epoch with the highest validation accuracy (the later of equals)."""
+
+    def __init__(self) -> None:
+        self.epoch, self.accuracy = -1, float("-inf")
+        self.weights: dict[str, Tensor] = {}
+
+    def after_epoch(self, ctx: Context) -> None:
+        """Take this epoch's weights if none were better."""
+        accuracy = ctx.row.get("val_accuracy")
+        if accuracy is not None and accuracy >= self.accuracy:
+            self.epoch, self.accuracy = ctx.epoch, float(accuracy)
+            self.weights = {name: value.detach().clone() for name, value in ctx.model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, accuracy and weights."""
+        return {"epoch": self.epoch, "accuracy": self.accuracy, "weights": dict(self.weights)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.epoch, self.accuracy, self.weights = state["epoch"], state["accuracy"], dict(state["weights"])
+
+    def restore(self, model: nn.Module) -> None:
+        """Put the remembered weights into ``model``; without a validation split there are none to put."""
+        if self.weights:
+            model.load_state_dict(self.weights)
+
+
+class EarlyStopping(KeepBest):
+    """``KeepBest`` that ends training when the validation accuracy has not risen for ``patience`` epochs."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__()
+        self.patience, self.stale = patience, 0
+
+    def after_epoch(self, ctx: Context) -> None:
+        """Count the epochs without a rise; without a validation split there are none."""
+        risen = ctx.row.get("val_accuracy", float("inf")) > self.accuracy
+        super().after_epoch(ctx)
+        self.stale = 0 if risen else self.stale + 1
+        ctx.stop = ctx.stop or self.stale >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``KeepBest``, with the epochs since the last rise."""
+        return {**super().state_dict(), "stale": self.stale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        super().load_state_dict(state)
+        self.stale = int(state["stale"])
+
+
+def fit_selected(
+    model: nn.Module, data: Bundle, *, hooks: Sequence[Hook] = (), **training: Any
+) -> tuple[History, dict[str, Any]]:
+    """``fit``, then the weights of the epoch that was best on the validation split.
+
+    Returns the history and {"last": accuracies of the last epoch, "selected": of the chosen, "epoch": which}.
+    Raises TdlibError where ``max_minutes`` stopped the run, and what ``fit`` raises.
+    """
+    keep = KeepBest()
+    history = fit(model, data, hooks=(*hooks, keep), **training)
+    require_finished(history)
+    last = accuracies(model, data, training.get("device"))
+    keep.restore(model)
+    selected = accuracies(model, data, training.get("device"))
+    return history, {"last": last, "selected": selected, "epoch": keep.epoch}
+
+
+def accuracies(model: nn.Module, data: Bundle, device: str | torch.device | None = None) -> dict[str, float]:
+    """{"val", "test"}: accuracy in percent on the splits that are not empty. device: as in ``evaluate``."""
+    splits = [split for split in ("val", "test") if len(data.split(split))]
+    return {split: evaluate(model, data, split, device=device)["accuracy"] for split in splits}
+
+
+def recalibrated(
+    model: nn.Module, data: Bundle, device: str | torch.device | None = None, images: int = 2000
+) -> dict[str, float]:
+    """Accuracies of a copy whose BatchNorm statistics are taken anew from (at most) ``images`` training
+    images.
+
+    Right after a decomposition the old statistics alone can hold a network at chance; with fresh ones the
+    accuracy says what the weights still know. Without BatchNorm the plain accuracies.
+    """
+    fresh = copy.deepcopy(model)
+    norms = [m for m in fresh.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if any(norm.track_running_stats for norm in norms):
+        place = device if device is not None else next(fresh.parameters()).device
+        size = min(256, len(data.train))
+        batches = data.batches("train", size, device=place)
+        recalibrate_batchnorm(fresh.to(place), (x for x, _ in islice(batches, max(1, images // size))))
+    return accuracies(fresh, data, device)

@@ -1,0 +1,56 @@
+"""What every folder stands on: errors that name the extra, whole files, modes put back, provenance."""
+
+import copy
+import os
+
+import pytest
+from torch import nn
+
+from tdlib.errors import TdlibError, needs, unknown
+from tdlib.files import write_atomic
+from tdlib.modes import evaluating
+from tdlib.provenance import Provenance, provenance
+
+
+def test_of_many_valid_names_only_the_nearest_are_listed():
+    message = str(unknown("model", "net7x", [f"net{i}" for i in range(1000)]))
+    assert message.startswith("unknown model 'net7x'. Nearest of the 1000: net7") and len(message) < 100
+
+
+def test_a_missing_package_names_the_extra():
+    assert needs("os.path", "train") is os.path
+    with pytest.raises(TdlibError, match=r"this needs nowhere, which .* pip install 'tdlib\[book\]'"):
+        needs("nowhere.inside", "book")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    write_atomic(path, b"one", memoryview(b"two"))
+    assert path.read_bytes() == b"onetwo"
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"onetwo" and list(tmp_path.iterdir()) == [path]
+
+
+def test_every_module_gets_its_mode_back_also_after_an_error():
+    net = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
+    net[1].eval()
+    with pytest.raises(RuntimeError), evaluating(net):
+        assert not any(module.training for module in net.modules())
+        raise RuntimeError
+    assert net.training and net[0].training and not net[1].training
+
+
+def test_provenance_stays_with_the_network_and_its_copies():
+    net = nn.Linear(2, 2)
+    assert provenance(net) == Provenance()
+    provenance(net).report["seconds"] = 3.0
+    other = copy.deepcopy(net)
+    provenance(other).report["seconds"] = 4.0
+    assert provenance(net).report == {"seconds": 3.0}
+    assert net.state_dict().keys() == {"weight", "bias"}
