@@ -8,10 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from .report import line, machine, merge, summary, write
-from .timing import Row
+from benchmarks.report import line, machine, merge, summary, write
+from benchmarks.timing import Row
 
 TOPICS = ("decomposition", "latency", "calibration", "training")
+CPU_ONLY = ("decomposition",)
 RESULTS = Path(__file__).parent / "results.json"
 
 
@@ -25,9 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="results file (default benchmarks/results.json, quick: none)"
     )
-    parser.add_argument(
-        "--device", default="cpu", help="device of the latency and training rows: cpu or cuda"
-    )
+    parser.add_argument("--device", default="cpu", help="where all but the decompositions run: cpu or cuda")
     options = parser.parse_args(arguments)
     topics = options.only or list(TOPICS)
     out = options.out or (None if options.quick else RESULTS)
@@ -37,9 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         started, before = time.perf_counter(), len(rows)
         print(f"\n{topic}", flush=True)
         module = importlib.import_module(f".{topic}", __package__)
-        for row in (
-            module.rows(options.quick) if topic in CPU_ONLY else module.rows(options.quick, options.device)
-        ):
+        given = (options.quick,) if topic in CPU_ONLY else (options.quick, options.device)
+        for row in module.rows(*given):
             row.topic += "" if topic in CPU_ONLY else suffix
             rows.append(row)
             print(line(row), flush=True)
@@ -51,8 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"written: {out}")
     return 0
 
-
-CPU_ONLY = ("decomposition",)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import torch
 
 import tdlib
-
-from .kernels import resnet
-from .timing import Row, invert, measure
+from benchmarks.kernels import resnet
+from benchmarks.timing import Row, invert, measure
 
 TOPIC = "calibration"
 
@@ -40,11 +39,9 @@ def rows(quick: bool, device: str) -> Iterator[Row]:
         f"exact statistics, resnet18 at {side}x{side}, {number} x {batch} images",
         "statistics",
         "forward pass",
-    )
-    row.note, row.target, row.at_most = (
-        f"ratio: time of the statistics / time of the forward passes; {source}",
-        3.0,
-        True,
+        target=3.0,
+        at_most=True,
+        note=f"ratio: time of the statistics / time of the forward passes; {source}",
     )
     measure(row, gather, passes, pairs=3 if quick else 5, seconds=20 if quick else 240, device=device)
     row.extra = {"images_per_second": 1e3 * number * batch / row.b_ms}  # of the forward pass

@@ -14,10 +14,20 @@ import torch
 from tensorly.decomposition import parafac, partial_tucker, tensor_train
 from torch import Tensor
 
-from tdlib.tensor import cp, linalg, matrix, tt, tucker
-
-from .kernels import convolutions, decaying_kernel, relative_error, resnet
-from .timing import Row, Run, clock, measure, timed
+from benchmarks.kernels import convolutions, decaying_kernel, relative_error, resnet
+from benchmarks.timing import Row, Run, clock, measure, timed
+from tdlib.decompositions import (
+    conv_to_tt_tensor,
+    cp_als,
+    cp_compose,
+    svd_factors,
+    truncated_svd,
+    tt_compose,
+    tt_svd,
+    tucker2,
+    tucker2_compose,
+)
+from tdlib.decompositions.cp import SWEEPS
 
 TOPIC = "decomposition"
 DEFAULT, BEST = "TensorLy, defaults", "TensorLy, best settings"
@@ -49,7 +59,7 @@ def tensorly(einsum: bool) -> Iterator[None]:
 
 def gram_svd(M: Tensor, n_eigenvecs: int | None = None, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """tdlib's Gram SVD in the form that TensorLy accepts as ``svd=``."""
-    return linalg.truncated_svd(M, n_eigenvecs or min(M.shape))
+    return truncated_svd(M, n_eigenvecs or min(M.shape))
 
 
 def peer_tucker2(W: Tensor, rank: int, best: bool) -> Callable[[], Any]:
@@ -77,11 +87,11 @@ def kernel_rows(sizes: Sequence[int], seconds: float) -> Iterator[Row]:
     for size in sizes:
         W = decaying_kernel(size, size, seed=size)
         r = size // 4
-        T, merged = tt.conv_to_tt_tensor(W), W.flatten(2)
+        T, merged = conv_to_tt_tensor(W), W.flatten(2)
         closed: dict[str, tuple[Tensor, Run, Callable[[Any], Tensor], Callable[[bool], Run]]] = {
-            "tucker2": (W, partial(tucker.tucker2, W, (r, r)), lambda f: tucker.tucker2_compose(*f),
+            "tucker2": (W, partial(tucker2, W, (r, r)), lambda f: tucker2_compose(*f),
                         partial(peer_tucker2, W, r)),
-            "tt": (T, partial(tt.tt_svd, T, (r, r)), tt.tt_compose, partial(peer_tt, T, r)),
+            "tt": (T, partial(tt_svd, T, (r, r)), tt_compose, partial(peer_tt, T, r)),
         }  # fmt: skip
         for format, (target, ours, compose, peer) in closed.items():
             for best in (False, True):
@@ -104,7 +114,7 @@ def kernel_rows(sizes: Sequence[int], seconds: float) -> Iterator[Row]:
                     row.note = f"tdlib stops at TensorLy's error, after {sweeps} sweeps"
                     if short:
                         row.note += "; TensorLy takes 20 sweeps instead of 100"
-                    ours = partial(cp.cp_als, target, r, sweeps=sweeps, tol=0.0)
+                    ours = partial(cp_als, target, r, sweeps=sweeps, tol=0.0)
                     options: dict[str, Any] = {"pairs": 9, "seconds": seconds, "warm": False}
                     yield measure(row, ours, theirs, errors=(error, error), first_b=seconds_b, **options)
 
@@ -118,10 +128,10 @@ def _kernel_row(format: str, size: int, rank: int, best: bool) -> Row:
 
 def sweeps_to(T: Tensor, rank: int, error: float) -> int:
     """The least number of sweeps with which ``cp_als`` ends at most at ``error`` (its default if none)."""
-    low, high = 1, cp.SWEEPS
+    low, high = 1, SWEEPS
     while low < high:
         middle = (low + high) // 2
-        if _cp_error(T, cp.cp_als(T, rank, sweeps=middle, tol=0.0)) <= error:
+        if _cp_error(T, cp_als(T, rank, sweeps=middle, tol=0.0)) <= error:
             high = middle
         else:
             low = middle + 1
@@ -129,11 +139,11 @@ def sweeps_to(T: Tensor, rank: int, error: float) -> int:
 
 
 def _cp_error(T: Tensor, found: Any) -> float:
-    return relative_error(T, cp.cp_compose((found.weights, found.factors)))
+    return relative_error(T, cp_compose(found))
 
 
 def _compose_peer(format: str, found: Any) -> Tensor:
-    return tucker.tucker2_compose(*found) if format == "tucker2" else tl.tt_to_tensor(found)
+    return tucker2_compose(*found) if format == "tucker2" else tl.tt_to_tensor(found)
 
 
 def network_rows(names: Sequence[str], seconds: float) -> Iterator[Row]:
@@ -165,13 +175,13 @@ def ours_factors(W: Tensor) -> Any:
     """tdlib's factors of one convolution of the network rows."""
     out, inp = W.shape[0], W.shape[1]
     if W.shape[2] == 1:
-        return matrix.svd_factors(W.flatten(1), min(out, inp) // 2)
-    return tucker.tucker2(W, (out // 2, inp // 2))
+        return svd_factors(W.flatten(1), min(out, inp) // 2)
+    return tucker2(W, (out // 2, inp // 2))
 
 
 def ours_kernel(W: Tensor, found: Any) -> Tensor:
     """The kernel that those factors stand for."""
-    return (found[0] @ found[1]).reshape(W.shape) if W.shape[2] == 1 else tucker.tucker2_compose(*found)
+    return (found[0] @ found[1]).reshape(W.shape) if W.shape[2] == 1 else tucker2_compose(*found)
 
 
 def peer_factors(W: Tensor, best: bool) -> Any:
@@ -189,7 +199,7 @@ def peer_kernel(W: Tensor, found: Any) -> Tensor:
     """The kernel that TensorLy's factors stand for."""
     if W.shape[2] == 1:
         return ((found[0] * found[1]) @ found[2]).reshape(W.shape)
-    return tucker.tucker2_compose(*found)
+    return tucker2_compose(*found)
 
 
 def _total_error(weights: Sequence[Tensor], approximations: Iterable[Tensor]) -> float:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import tdlib
+
 EXPONENT = 0.7  # singular values of both channel modes fall as k ** -0.7
 
 
@@ -31,8 +33,6 @@ def resnet(name: str, *, seed: int = 0) -> tuple[nn.Module, str]:
     TDLIB_WEIGHTS may name a file of trained ResNet-18 weights; without it, and for ResNet-50, every
     convolution gets a decaying kernel.
     """
-    import tdlib
-
     file = os.environ.get("TDLIB_WEIGHTS")
     if name == "resnet18" and file and Path(file).is_file():
         return tdlib.models.build(name, 1000, weights=file).eval(), "trained weights"

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import tdlib
+from benchmarks.kernels import decaying_kernel, resnet
+from benchmarks.timing import Row, measure
 from tdlib.export import fold_batchnorm
-from tdlib.layers.formats import get_format
-
-from .kernels import decaying_kernel, resnet
-from .timing import Row, measure
+from tdlib.formats import get_format
 
 TOPIC = "latency"
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height = width: the four stages of a ResNet
@@ -34,9 +33,9 @@ def conv_layer(channels: int) -> nn.Conv2d:
 
 def ours(layer: nn.Conv2d, name: str, rank: int) -> nn.Module:
     """tdlib's chain for one layer."""
-    entry = get_format(name)
+    bound = get_format(name).bind(layer.weight.shape)
     ranks = (rank,) if name == "cp" else (rank, rank)
-    return entry.build(layer, entry.factorise(layer.weight.detach(), ranks)).eval()
+    return bound.module(layer, bound.decompose(layer.weight.detach(), ranks)).eval()
 
 
 def peers(layer: nn.Conv2d, name: str, rank: int) -> nn.Module | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .timing import Row, clock
+from benchmarks.timing import Row, clock
 
 PACKAGES = ("torch", "torchvision", "tensorly", "tensorly-torch", "numpy")
 WIDTH = 62

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 import tdlib
-from tdlib.data import ArraySplit, Bundle
+from benchmarks.timing import Row, clock, fill, invert
+from benchmarks.tuning import tune_cpu
+from tdlib.data import ArraySplit, Augment, Bundle
 from tdlib.methods.admm import ADMM
-
-from .timing import Row, clock, fill
-from .tuning import tune_cpu
 
 TOPIC = "training"
 EPOCH_STEPS = 391  # CIFAR: 50,000 images in batches of 128
@@ -29,8 +30,6 @@ def images(number: int, side: int = 32) -> Bundle:
     for n in (number, 16, 16):
         pixels = torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=generator)
         splits.append(ArraySplit(pixels, torch.arange(n) % 10, MEAN, STD))
-    from tdlib.data import Augment
-
     return Bundle(
         "random",
         [str(i) for i in range(10)],
@@ -88,8 +87,6 @@ def library_step(
 
 def plain_step(data: Bundle, batch: int, device: str, workers: int, network: str = "resnet20") -> float:
     """Seconds per step of the ordinary loop: torchvision transforms, DataLoader, eager float32."""
-    from torchvision import transforms
-
     pipeline = transforms.Compose([
         transforms.ToPILImage(), transforms.RandomCrop(data.input_shape[1], 4),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD),
@@ -156,7 +153,7 @@ def admm_rows(quick: bool, device: str) -> Iterator[Row]:
         )
         row.target, row.at_most = 1.05, True
         alternate(row, epoch, lambda: library_step(data, batch, device) * EPOCH_STEPS, pairs)
-        row.ratio, row.quartiles = 1 / row.ratio, (1 / row.quartiles[1], 1 / row.quartiles[0])
+        invert(row)
         share = statistics.median(projections) * 1e3 / row.b_ms
         row.extra = {"projection_share_percent": 100 * share}
         row.note = (
@@ -168,8 +165,6 @@ def admm_rows(quick: bool, device: str) -> Iterator[Row]:
 
 def step_rows(quick: bool, device: str) -> Iterator[Row]:
     """``fit`` against the ordinary loop: ResNet-20 on images of CIFAR's size, ResNet-18 of ImageNet's."""
-    import os
-
     cuda = device.startswith("cuda")
     workers = 8 if cuda else min(2, os.cpu_count() or 1)
     for network, side in (("resnet20", 32), ("resnet18", 64 if quick else 224)):

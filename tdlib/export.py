@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from tdlib.errors import TdlibError
@@ -62,7 +63,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     """
     network = copy.deepcopy(model).eval()
     try:
-        traced = fx.symbolic_trace(network)
+        traced = fx.GraphModule(network, _Tracer().trace(network))
     except Exception as error:  # tracing runs the model's own code
         raise TdlibError(f"BatchNorm cannot be folded, the forward is not traceable: {error}") from error
     modules = dict(traced.named_modules())
@@ -75,6 +76,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         layer = modules.get(str(before.target)) if before.op == "call_module" else None
         if len(before.users) > 1 or calls.count(before.target) > 1 or calls.count(node.target) > 1:
             continue
+        if layer is not None and parametrize.is_parametrized(layer):
+            continue  # its weight is composed in every pass
         if isinstance(layer, nn.Conv2d):
             traced.set_submodule(str(before.target), fuse_conv_bn_eval(layer, norm))
         elif isinstance(layer, nn.Linear):
@@ -87,6 +90,14 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     traced.graph.lint()
     traced.recompile()
     return traced
+
+
+class _Tracer(fx.Tracer):
+    """Looks into chains of layers, not into layers that contract their factors themselves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        contracts = hasattr(m, "kernel") and not isinstance(m, nn.Sequential)
+        return contracts or super().is_leaf_module(m, module_qualified_name)
 
 
 def _inference_copy(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a network knows about itself: how its dense form is built, which layers were replaced, what was measured."""
+"""What a network knows of itself: how its dense form is built, what was replaced, what was measured."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from benchmarks import kernels, report, timing
 from benchmarks.__main__ import RESULTS, TOPICS
 from benchmarks.decomposition import sweeps_to
-from tdlib.tensor import cp
+from tdlib.decompositions import cp_als, cp_compose
 
 
 def row(ratio=2.0, **options):
@@ -78,7 +78,7 @@ def test_cp_is_stopped_at_the_peers_error():
     T = kernels.decaying_kernel(16, 16).flatten(2)
     sweeps = sweeps_to(T, 6, 0.8)
     errors = [
-        kernels.relative_error(T, cp.cp_compose(cp.cp_als(T, 6, sweeps=n, tol=0.0)))
+        kernels.relative_error(T, cp_compose(cp_als(T, 6, sweeps=n, tol=0.0)))
         for n in (sweeps, sweeps - 1)
         if n
     ]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import tdlib
 from tdlib.data import Bundle
+from tdlib.errors import BudgetError
 from tdlib.methods.registry import accepted
 from tdlib.planning import Plan
 from tdlib.train import accuracies, agreement, fit, fit_selected, recalibrated, stage
@@ -34,30 +36,44 @@ class Arm:
     """One road from the dense network to a compressed one.
 
     run: (model, data, plan, *, ...) -> (network, tables), a method of `tdlib.methods` or a partial of it.
-    plan: (network, ratio, seed) -> plan. start: (dense network, seed) -> the network that `plan` and `run` get,
-    where that is not the dense one; made once per seed, its seconds count in every row. finetune: arguments of
-    `train.fit` for the training after `run`; none without epochs. trains: `run` itself trains with labels.
-    scratch: it keeps no weight of the dense network, so there is no accuracy right after compression.
+    plan: (network, ratio, seed) -> plan. start: (model, data, *, ...) -> (network, tables), what comes before where
+    the arm does not start from the dense network itself; done once per seed for all arms that share it, its
+    seconds, images and tables count in every row. finetune: arguments of `train.fit` for the training after `run`;
+    none without epochs. trains: `run` itself trains with labels. scratch: it keeps no weight of the dense network,
+    so there is no accuracy right after compression. columns: tables -> further columns of the row.
     """
 
     run: Callable[..., tuple[nn.Module, Tables]]
     plan: Callable[[nn.Module, float, int], Plan]
-    start: Callable[[nn.Module, int], nn.Module] | None = None
+    start: Callable[..., tuple[nn.Module, Tables]] | None = None
     finetune: Mapping[str, Any] = field(default_factory=dict)
     trains: bool = False
     scratch: bool = False
+    columns: Callable[[Tables], dict[str, Any]] = lambda tables: {}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an arm starts from, and what that took."""
+
+    network: nn.Module
+    tables: Tables = field(default_factory=dict)
+    seconds: float = 0.0
+    images: int = 0
 
 
 @dataclass
 class Results:
     """rows: see `experiment`. By (method, ratio, seed): tables (histories), and of the arms that ran here, not
-    read from a record, networks and plans. dense: seed -> the network that all arms started from."""
+    read from a record, networks and plans. dense: seed -> the network that all arms started from. starts: by
+    (method, seed), the networks of arms that begin otherwise."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[Key, Tables] = field(default_factory=dict)
     networks: dict[Key, nn.Module] = field(default_factory=dict)
     plans: dict[Key, Plan] = field(default_factory=dict)
     dense: dict[int, nn.Module] = field(default_factory=dict)
+    starts: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -101,13 +117,15 @@ def experiment(
     ratios: Sequence[float],
     seeds: Sequence[int] = (0,),
     by: str = "params",
+    reference: Callable[[nn.Module, int], nn.Module] | None = None,
     training: Mapping[str, Any] | None = None,
     recorder: Recorder | None = None,
     progress: bool = False,
 ) -> Results:
     """Run every arm at every ratio and seed.
 
-    dense: seed -> the trained network. training: arguments of `train.fit` for all training alike (batch_size,
+    dense: seed -> the trained network. reference: (dense network, seed) -> the network that rows are compared with,
+    where the dense one has to train on for as many epochs as the arms; once per seed. training: arguments of `train.fit` for all training alike (batch_size,
     device, precision, checkpoint, max_minutes, ...); an arm's own go before. recorder: writes a record of every
     row as soon as it is there; rows whose record exists are read instead of run, so a stopped experiment
     continues. progress: say when a row is there, and show bars. An arm that cannot reach a ratio has no row
@@ -124,58 +142,51 @@ def experiment(
     """
     results, started = Results(), time.perf_counter()
     same = {"progress": progress, **(training or {})}
-    starts: dict[tuple[Any, int], tuple[nn.Module, float, int]] = {}
-    for seed in seeds:
-        for ratio in map(float, ratios):
-            for name, arm in arms.items():
-                about = {"method": name, "ratio": ratio, "by": by, "seed": seed}
-                found = None if recorder is None else recorder.read(about)
-                if found is None:
-                    if seed not in results.dense:
-                        results.dense[seed] = dense(seed)
-                    if (arm.start, seed) not in starts:
-                        starts[arm.start, seed] = _started(arm, results.dense[seed], data, seed)
-                    options = stage({**same, "seed": seed}, f"{name}-{ratio:g}-{by}-{seed}", started)
-                    try:
-                        row, tables, small, plan = _run(
-                            arm, ratio, results.dense[seed], starts[arm.start, seed], data, options
-                        )
-                    except tdlib.errors.BudgetError as problem:
-                        print(f"{name} at {ratio:g}×: {problem}")
-                        continue
-                    results.networks[name, ratio, seed], results.plans[name, ratio, seed] = small, plan
-                    if recorder is not None:
-                        recorder.write(about, row, tables, data=data, device=options.get("device"))
-                    found = {**about, **row}, tables
-                results.rows.append(found[0])
-                results.tables[name, ratio, seed] = found[1]
-                if progress:
-                    took = found[0]["seconds"]
-                    print(f"{name} {ratio:g}× seed {seed}: {found[0]['test_accuracy']:.2f} % ({took:.0f} s)")
+    starts: dict[tuple[Any, int], Start] = {}
+    references: dict[int, nn.Module] = {}
+    for seed, ratio, (name, arm) in product(seeds, map(float, ratios), arms.items()):
+        about = {"method": name, "ratio": ratio, "by": by, "seed": seed}
+        found = None if recorder is None else recorder.read(about)
+        if found is None:
+            options = stage({**same, "seed": seed}, f"{name}-{ratio:g}-{by}-{seed}", started)
+            if seed not in results.dense:
+                results.dense[seed] = dense(seed)
+                references[seed] = results.dense[seed] if reference is None else reference(results.dense[seed], seed)
+            if (arm.start, seed) not in starts:
+                before = stage({**same, "seed": seed}, f"start-{name}-{seed}", started)
+                starts[arm.start, seed] = _start(arm, results.dense[seed], data, before)
+            results.starts[name, seed] = starts[arm.start, seed].network
+            try:
+                row, tables, small, plan = _run(arm, ratio, references[seed], starts[arm.start, seed], data, options)
+            except BudgetError as problem:
+                print(f"{name} at {ratio:g}×: {problem}")
+                continue
+            results.networks[name, ratio, seed], results.plans[name, ratio, seed] = small, plan
+            if recorder is not None:
+                recorder.write(about, row, tables, data=data, device=options.get("device"))
+            found = {**about, **row}, tables
+        results.rows.append(found[0])
+        results.tables[name, ratio, seed] = found[1]
+        if progress:
+            took, accuracy = found[0]["seconds"], found[0]["test_accuracy"]
+            print(f"{name} {ratio:g}× seed {seed}: {accuracy:.2f} % ({took:.0f} s)", flush=True)
     return results
 
 
-def _started(arm: Arm, dense: nn.Module, data: Bundle, seed: int) -> tuple[nn.Module, float, int]:
-    """(network that the arm starts from, seconds and training images that it took)."""
+def _start(arm: Arm, dense: nn.Module, data: Bundle, options: dict[str, Any]) -> Start:
     if arm.start is None:
-        return dense, 0.0, 0
-    begun = time.perf_counter()
-    network = arm.start(dense, seed)
-    rows = tdlib.provenance(network).report.get("images", 0)
-    return network, time.perf_counter() - begun, rows
+        return Start(dense)
+    begun, counted = time.perf_counter(), CountedBundle.of(data)
+    network, tables = arm.start(dense, counted, **accepted(arm.start, options, fit))
+    return Start(network, tables, time.perf_counter() - begun, counted.drawn.get("train", 0))
 
 
 def _run(
-    arm: Arm,
-    ratio: float,
-    dense: nn.Module,
-    start: tuple[nn.Module, float, int],
-    data: Bundle,
-    options: dict[str, Any],
+    arm: Arm, ratio: float, dense: nn.Module, start: Start, data: Bundle, options: dict[str, Any]
 ) -> tuple[dict[str, Any], Tables, nn.Module, Plan]:
     """One row (without the columns that name it), the tables, the network and its plan."""
-    network, spent, images = start
-    device, watch, counted = options.get("device"), Watch(spent), CountedBundle.of(data)
+    device, watch, counted = options.get("device"), Watch(start.seconds), CountedBundle.of(data)
+    begun = time.perf_counter()
     measured: dict[str, float | None] = {}
 
     def measure(small: nn.Module) -> None:
@@ -184,22 +195,22 @@ def _run(
             measured["test_accuracy_recalibrated"] = recalibrated(small, data, device)["test"]
 
     with watch.running():
-        plan = arm.plan(network, ratio, options["seed"])
-        small, tables = arm.run(
-            network, counted, plan, **accepted(arm.run, {**options, "on_decomposed": measure}, fit)
-        )
+        plan = arm.plan(start.network, ratio, options["seed"])
+        given = accepted(arm.run, {**options, "on_decomposed": measure}, fit)
+        small, tables = arm.run(start.network, counted, plan, **given)
+    tables = {**start.tables, **tables}
     if not measured and not arm.scratch:
         measure(small)
     if arm.finetune.get("epochs"):
-        settings = {**stage(options, "finetune", time.perf_counter()), **arm.finetune}
+        settings = {**stage(options, "finetune", begun), **arm.finetune}
         with watch.running():
             history, found = fit_selected(small, counted, **settings)
         tables = {**tables, "finetune": history.rows}
         final, last = found["selected"], found["last"]["test"]
     else:
         final, last = accuracies(small, data, device), None
-    labels = arm.trains or bool(arm.finetune.get("epochs")) or images > 0
-    images += counted.drawn.get("train", 0)
+    labels = arm.trains or bool(arm.finetune.get("epochs")) or start.images > 0
+    images = start.images + counted.drawn.get("train", 0)
     whole = tdlib.compare(dense, small, data.input_shape, repeats=5).whole
     alike = agreement(dense, small, data, "test", device=device)
     row = {
@@ -218,6 +229,7 @@ def _run(
         "images": images,
         "labels": labels,
         "epochs": images / len(data.train) if labels else 0.0,
+        **arm.columns(tables),
     }
     return row, tables, small, plan
 

@@ -19,7 +19,8 @@ from tdlib.formats.base import (
     kind_of,
     register,
 )
-from tdlib.formats.replace import decompose, install, project, skeleton, to_dense
+from tdlib.formats.chains import to_dense
+from tdlib.formats.replace import decompose, install, project, skeleton
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

@@ -2,7 +2,7 @@
 computes with the factors.
 
 A `Format` is a row of the registry. Bound to the shape of one kernel it gives a `KernelFormat`, which answers
-everything that planning, projection, replacing, saving and export ask: bounds, ranks, factors, costs, the module.
+everything that planning, projection, replacing, saving and export ask: bounds, ranks, factors, costs, module.
 A `LayerPlan` (format, ranks, options) is what a plan holds of each layer, and what is saved.
 
 To add a format, write one file in this folder: a subclass of `KernelFormat` and a call of `register`.
@@ -53,8 +53,8 @@ def as_float(weight: Tensor) -> Tensor:
 class KernelFormat:
     """A format bound to the shape of one kernel.
 
-    A subclass sets `decomposition` and defines the layout (`extents`, `fold`, `unfold`), the cost (`macs`) and
-    the layer (`module`). What it may add: `resolve` for options, `decompose_sigma` and `on_output` for
+    A subclass sets `decomposition` and defines the layout (`layout`, `fold`, `unfold`), the cost (`macs`)
+    and the layer (`module`). What it may add: `resolve` for options, `decompose_sigma` and `on_output` for
     factors in the norm of a layer's inputs and outputs.
     """
 
@@ -88,9 +88,9 @@ class KernelFormat:
         output map, (positions, 1) for a linear layer."""
         raise TypeError(f"{type(self).__name__} must define macs")
 
-    def module(self, layer: Layer, factors: Factors) -> nn.Module:
-        """What computes `layer` through the factors: same device, dtype, mode and bias, with a method
-        `kernel()`."""
+    def module(self, layer: Any, factors: Factors) -> nn.Module:
+        """What computes `layer`, an nn.Conv2d or nn.Linear, through the factors: same device, dtype, mode
+        and bias, with a method `kernel()`."""
         raise TypeError(f"{type(self).__name__} must define module")
 
     #: (weight, ranks, sigma (n, n)) -> factors nearest in the norm of the inputs' second moments.
@@ -215,7 +215,8 @@ class Format:
     @property
     def sigma(self) -> bool:
         """Whether some kind has a data-aware decomposition."""
-        return any(kind.decompose_sigma is not None for kind in (*self.kinds.values(), *self.factored.values()))
+        every = (*self.kinds.values(), *self.factored.values())
+        return any(kind.decompose_sigma is not None for kind in every)
 
     def bind(self, shape: Sequence[int], **options: Any) -> KernelFormat:
         """The format for kernels of this shape. Raises: UnknownName for an option, RankError for modes that
@@ -274,11 +275,11 @@ class LayerPlan:
     @classmethod
     def of(cls, value: LayerPlan | Mapping[str, Any]) -> LayerPlan:
         """A plan of one layer given as such or as what `to_dict` wrote. Raises: TdlibError."""
-        if isinstance(value, cls):
+        if isinstance(value, LayerPlan):
             return value
         try:
-            return cls(value["format"], tuple(int(r) for r in value["ranks"]), value.get("options") or {})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls(value["format"], tuple(value["ranks"]), value.get("options") or {})
+        except (KeyError, TypeError, AttributeError) as error:
             raise TdlibError(
                 f"a layer's plan has format, ranks and (perhaps) options, got {value!r}"
             ) from error

@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tdlib.errors import TdlibError
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -20,9 +23,9 @@ class Chain(nn.Sequential):
     """Convolutions or linear layers one after the other, in place of one layer."""
 
     def kernel(self) -> Tensor:
-        """The kernel (O, I, kh, kw) or matrix (O, I) that the chain applies; differentiable, bias left out."""
-        members = [member for member in self if isinstance(member, nn.Conv2d | nn.Linear)]
-        return reduce(_after, members[1:], members[0].weight)
+        """The kernel (O, I, kh, kw) or matrix (O, I) of the whole chain; differentiable, bias left out."""
+        first, *others = self
+        return reduce(_after, others, to_dense(first))
 
     @torch.no_grad()
     def reset_parameters(self, gain: float = 2.0) -> None:
@@ -36,19 +39,31 @@ class Chain(nn.Sequential):
             weight.normal_(0.0, math.sqrt(scale / weight[0].numel()))
 
 
-def _after(first: Tensor, member: Layer) -> Tensor:
+def to_dense(module: nn.Module) -> Tensor:
+    """The kernel (O, I, kh, kw) or matrix (O, I) that a layer applies, replaced or not; differentiable, bias
+    left out. Raises: TdlibError for a module that has none."""
+    own: Any = getattr(module, "kernel", None)
+    if own is not None:
+        return own()
+    if not isinstance(module, nn.Conv2d | nn.Linear) or getattr(module, "groups", 1) != 1:
+        raise TdlibError(
+            f"{type(module).__name__} is no layer with a dense kernel (nor a grouped convolution)"
+        )
+    return module.weight
+
+
+def _after(first: Tensor, member: nn.Module) -> Tensor:
     """The kernel of `member` applied after the kernel `first` (r, I, a, b) or (r, I).
 
     Along each axis only one of the two has extent, so spatial positions never add up.
     """
-    second = member.weight
+    if isinstance(member, nn.Conv2d) and member.groups > 1:  # depthwise
+        product = torch.einsum("rcd,riab->riacbd", member.weight[:, 0], first)
+        return product.flatten(4, 5).flatten(2, 3)
+    second = to_dense(member)
     if first.ndim == 2:
         return second @ first
-    if isinstance(member, nn.Conv2d) and member.groups > 1:  # depthwise
-        product = torch.einsum("rcd,riab->riacbd", second[:, 0], first)
-    else:
-        product = torch.einsum("orcd,riab->oiacbd", second, first)
-    return product.flatten(4, 5).flatten(2, 3)
+    return torch.einsum("orcd,riab->oiacbd", second, first).flatten(4, 5).flatten(2, 3)
 
 
 def parameter(layer: Layer, value: Tensor) -> nn.Parameter:

@@ -1,5 +1,5 @@
-"""Layers whose kernel is composed from its factors in every forward pass: plain nn.Conv2d and nn.Linear with a
-parametrisation of their weight (torch.nn.utils.parametrize).
+"""Layers whose kernel is composed from its factors in every forward pass: plain nn.Conv2d and nn.Linear with
+a parametrisation of their weight (torch.nn.utils.parametrize).
 
 Such a layer saves parameters, not MACs. `parametrize.cached()` keeps the kernel between calls.
 """
@@ -38,6 +38,7 @@ class Composition(nn.Module):
 def composed(layer: Layer, composition: Composition) -> nn.Module:
     """A copy of the layer with its weight composed of the composition's factors."""
     result = copy.deepcopy(layer)
+    composition.to(layer.weight.device)
     parametrize.register_parametrization(result, "weight", composition, unsafe=True)
     return finish(layer, result)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tdlib.decompositions.tr import tr_compose
 from tdlib.decompositions.tt import tt_tensor_to_conv
-from tdlib.formats.chains import Layer, bias_of, conv, parameter
+from tdlib.formats.chains import Layer, bias_of, conv, parameter, to_dense
 
 
 def contract_in(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
@@ -134,9 +134,10 @@ class RingConv2d(_Ring):
 
     def kernel(self) -> Tensor:
         """The dense kernel (O, I, kh, kw); differentiable."""
-        tensor = tr_compose([*self.out_cores, self.middle.weight.flatten(2).transpose(1, 2), *self.in_cores])
+        middle = to_dense(self.middle)
+        tensor = tr_compose([*self.out_cores, middle.flatten(2).transpose(1, 2), *self.in_cores])
         sizes = [math.prod(core.shape[1] for core in cores) for cores in (self.out_cores, self.in_cores)]
-        return tt_tensor_to_conv(tensor, (*sizes, *self.middle.kernel_size))
+        return tt_tensor_to_conv(tensor, (*sizes, *middle.shape[2:]))
 
     def forward(self, x: Tensor) -> Tensor:
         n, channels, h, w = x.shape

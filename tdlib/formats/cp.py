@@ -1,6 +1,6 @@
-"""CP: one 1×1 convolution, depthwise ones, one 1×1; spatial modes merged ("cp") or height and width apart ("cp4").
+"""CP: one 1×1 convolution, depthwise ones, one 1×1; spatial modes merged ("cp") or apart ("cp4").
 
-W[o, i, a, b] ≈ Σ_r A[o, r] B[i, r] C[(a, b), r], for cp4 C[a, r] D[b, r]; the weights are spread over the factors.
+W[o, i, a, b] ≈ Σ_r A[o, r] B[i, r] C[(a, b), r], for cp4 C[a, r] D[b, r]; weights spread over the factors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdlib.decompositions.cp import CP
 from tdlib.decompositions.sigma import cp_sigma
 from tdlib.formats.base import Factors, Format, KernelFormat, Ranks, Shape, register
-from tdlib.formats.chains import Chain, Layer, conv, finish
+from tdlib.formats.chains import Chain, conv, finish
 from tdlib.formats.svd import MATRIX
 
 
@@ -26,7 +26,7 @@ class CP3(KernelFormat):
         return o, i, kh * kw
 
     def macs(self, ranks: Ranks, hw_in: Shape, hw_out: Shape) -> int:
-        o, i, kh, kw = self.shape
+        kh, kw = self.shape[2:]
         return self._macs(ranks[0], hw_in, hw_out, kh * kw * hw_out[1])
 
     def _macs(self, rank: int, hw_in: Shape, hw_out: Shape, depthwise: int) -> int:
@@ -34,13 +34,13 @@ class CP3(KernelFormat):
         o, i = self.shape[:2]
         return rank * (i * math.prod(hw_in) + hw_out[0] * depthwise + o * math.prod(hw_out))
 
-    def module(self, layer: Layer, factors: Factors) -> nn.Module:
+    def module(self, layer: nn.Conv2d, factors: Factors) -> nn.Module:
         u_out, u_in, *spatial = factors
         first, last = u_in.mT[:, :, None, None], u_out[:, :, None, None]
         middle = self.depthwise(layer, spatial)
         return finish(layer, Chain(conv(layer, first), *middle, conv(layer, last, last=True)))
 
-    def depthwise(self, layer: Layer, spatial: Factors) -> list[nn.Module]:
+    def depthwise(self, layer: nn.Conv2d, spatial: Factors) -> list[nn.Module]:
         """The convolutions between the two 1×1, from the spatial factors."""
         kernel = spatial[0].mT.reshape(-1, 1, *self.shape[2:])
         return [conv(layer, kernel, rows=True, cols=True, groups=len(kernel))]
@@ -62,7 +62,7 @@ class CP4(CP3):
         kh, kw = self.shape[2:]
         return self._macs(ranks[0], hw_in, hw_out, kh * hw_in[1] + kw * hw_out[1])
 
-    def depthwise(self, layer: Layer, spatial: Factors) -> list[nn.Module]:
+    def depthwise(self, layer: nn.Conv2d, spatial: Factors) -> list[nn.Module]:
         rows, columns = spatial[0].mT[:, None, :, None], spatial[1].mT[:, None, None, :]
         rank = len(rows)
         return [conv(layer, rows, rows=True, groups=rank), conv(layer, columns, cols=True, groups=rank)]

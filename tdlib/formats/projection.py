@@ -1,4 +1,4 @@
-"""Projection of many kernels on their low-rank sets: layers of equal shape and plan go through one batched call."""
+"""Projection of many kernels on their low-rank sets: layers of equal shape and plan in one batched call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replace the layers that a plan names: `decompose` by factors of their weights, `skeleton` by random ones."""
+"""Replace the layers that a plan names: `decompose` by factors of their weight, `skeleton` by random ones."""
 
 from __future__ import annotations
 
@@ -72,16 +72,6 @@ def project(weight: Tensor, format: str, ranks: Sequence[int], **options: Any) -
     return get_format(format).bind(weight.shape, **options).project(weight, ranks)
 
 
-def to_dense(module: nn.Module) -> Tensor:
-    """The kernel (O, I, kh, kw) or matrix (O, I) that a layer applies, replaced or not; differentiable, bias
-    left out. Raises: TdlibError for a module that has none."""
-    if hasattr(module, "kernel"):
-        return module.kernel()
-    if not isinstance(module, nn.Conv2d | nn.Linear) or getattr(module, "groups", 1) != 1:
-        raise TdlibError(f"{type(module).__name__} is no layer with a dense kernel (nor a grouped convolution)")
-    return module.weight
-
-
 def _replaced(
     model: nn.Module, plan: Mapping[str, Any], make: Callable[..., nn.Module], progress: bool = False
 ) -> nn.Module:
@@ -95,7 +85,7 @@ def _replaced(
             bound = planned.bind(layer.weight.shape)
             module = make(name, layer, bound, planned.ranks)
         except TdlibError as error:
-            if name in str(error):
+            if f"layer {name!r}" in str(error):
                 raise
             raise type(error)(f"layer {name!r}: {error}") from error
         planned = LayerPlan(planned.format, bound.clip(planned.ranks), bound.options)

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.decompositions.cp import CP
-from tdlib.decompositions.permutation import checksum, fold, fold_modes, inverse_permutation, permutation, unfold
+from tdlib.decompositions.permutation import (
+    checksum,
+    fold,
+    fold_modes,
+    inverse_permutation,
+    permutation,
+    unfold,
+)
 from tdlib.decompositions.tr import TR
 from tdlib.decompositions.tt import TT
 from tdlib.decompositions.tucker import TUCKER
@@ -87,10 +94,15 @@ class ShuffledComposition(Composition):
         """Raises CheckpointError where the seed gives another permutation than it was trained with."""
         saved = state_dict.get(prefix + "shuffle")
         if saved is not None and saved.tolist() != self.shuffle.tolist():
+            n, mine, theirs = math.prod(self.bound.shape), self.shuffle.tolist(), saved.tolist()
+            mend = (
+                f"load it with the version of torch that saved it, not {torch.__version__}"
+                if mine[0] == theirs[0]
+                else "give the layer the seed of the saved one"
+            )
             raise CheckpointError(
-                f"the permutation of {math.prod(self.bound.shape)} entries that torch {torch.__version__} draws "
-                f"(seed, checksum: {self.shuffle.tolist()}) is not the one this layer was trained with "
-                f"({saved.tolist()}); load it with the version of torch that saved it"
+                f"{prefix}shuffle: this layer's permutation of {n} entries (seed, checksum: {mine}) is not "
+                f"the one that the saved layer was trained with ({theirs}); {mend}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

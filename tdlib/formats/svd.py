@@ -1,7 +1,7 @@
 """Matrix factorisations: W = A B for linear layers and 1×1 convolutions, k×1 then 1×k for the others.
 
-Spatial: W[o, i, a, b] ≈ Σ_r H[o, r, b] V[r, i, a] (Jaderberg et al. 2014, arXiv 1405.3866, scheme 2), which is
-the SVD of a matrix of shape (I·kh, O·kw).
+Spatial: W[o, i, a, b] ≈ Σ_r H[o, r, b] V[r, i, a] (Jaderberg et al. 2014, arXiv 1405.3866, scheme 2), which
+is the SVD of a matrix of shape (I·kh, O·kw).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Spatial(KernelFormat):
         # The k×1 has already strided along the height when the 1×k runs.
         return ranks[0] * hw_out[0] * (i * kh * hw_in[1] + o * kw * hw_out[1])
 
-    def module(self, layer: Layer, factors: Factors) -> nn.Module:
+    def module(self, layer: nn.Conv2d, factors: Factors) -> nn.Module:
         a, b = factors
         o, i, kh, kw = self.shape
         v, h = a.mT.reshape(-1, i, kh, 1), b.reshape(-1, o, 1, kw).transpose(0, 1)

@@ -36,7 +36,7 @@ class TrainChain(Bottleneck):
     def unfold(self, tensor: Tensor) -> Tensor:
         return tt_tensor_to_conv(tensor, self.shape)
 
-    def module(self, layer: Layer, factors: Factors) -> nn.Module:
+    def module(self, layer: nn.Conv2d, factors: Factors) -> nn.Module:
         first, middle, last = factors
         core = middle.transpose(1, 2).unflatten(2, self.shape[2:])
         return bottleneck_chain(layer, core, first[0], last[:, :, 0].mT)
@@ -49,7 +49,7 @@ class TrainChain(Bottleneck):
 
 
 class Cores(KernelFormat):
-    """Cores (r_k, n_k, r_{k+1}) over (*out_modes, K, *in_modes), contracted one after the other in the layer."""
+    """Cores (r_k, n_k, r_{k+1}) over (*out_modes, K, *in_modes), contracted one by one in the layer."""
 
     def resolve(self, options: dict[str, Any]) -> dict[str, Any]:
         return channel_modes(self.shape, options)

@@ -1,4 +1,4 @@
-"""TT-matrix: row and column modes of the same position share a core (r_{k-1}, o_k, i_k, r_k); for linear layers.
+"""TT-matrix, for linear layers: row and column modes of one position share a core (r_{k-1}, o_k, i_k, r_k).
 
 Source: Novikov et al. 2015 (arXiv 1509.06569).
 """

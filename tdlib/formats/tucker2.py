@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tdlib.decompositions.sigma import tucker2_sigma
 from tdlib.decompositions.tucker import TUCKER2
 from tdlib.formats.base import Factors, Format, KernelFormat, Ranks, Shape, register
-from tdlib.formats.chains import Layer, bottleneck_chain
+from tdlib.formats.chains import bottleneck_chain
 from tdlib.formats.svd import MATRIX
 
 
 class Bottleneck(KernelFormat):
-    """What Tucker-2 and the tensor train of three cores share: ranks (r_out, r_in) and the cost of the chain."""
+    """What Tucker-2 and the train of three cores share: ranks (r_out, r_in) and the cost of the chain."""
 
     def uniform(self, fraction: float) -> Ranks:
         # The same share of the channels in every layer, also where a kernel's rank is bounded below them.
@@ -36,7 +36,7 @@ class Tucker2(Bottleneck):
     def layout(self) -> Shape:
         return self.shape
 
-    def module(self, layer: Layer, factors: Factors) -> nn.Module:
+    def module(self, layer: nn.Conv2d, factors: Factors) -> nn.Module:
         return bottleneck_chain(layer, *factors)
 
     def decompose_sigma(self, weight: Tensor, ranks: Ranks, sigma: Tensor) -> Factors:

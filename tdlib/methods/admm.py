@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tdlib.errors import CheckpointError, TdlibError
 from tdlib.formats import decompose
 from tdlib.formats.projection import Projection, dense_weight, relative_distance
+from tdlib.methods.direct import Tables
 from tdlib.planning import Plan
 from tdlib.train import Context, History, Hook, fit, require_finished
 
@@ -50,7 +51,7 @@ def admm(
     lr: float = 0.05,
     track_distance: bool = False,
     **training: Any,
-) -> tuple[nn.Module, dict[str, list[dict[str, Any]]]]:
+) -> tuple[nn.Module, Tables]:
     """ADMM epochs on a copy of the dense `model`, then the decomposition of W at the planned ranks.
 
     Arguments and table "admm" (a row per epoch): see `regularise`.

@@ -27,12 +27,19 @@ def direct(model: nn.Module, data: Any, plan: Plan, *, progress: bool = False) -
 
 
 def scratch(
-    model: nn.Module, data: Any, plan: Plan, *, epochs: int = 30, lr: float = 0.05, seed: int = 0, **training: Any
+    model: nn.Module,
+    data: Any,
+    plan: Plan,
+    *,
+    epochs: int = 30,
+    lr: float = 0.05,
+    seed: int = 0,
+    **training: Any,
 ) -> tuple[nn.Module, Tables]:
-    """The compressed architecture of `plan` trained from random factors; only the architecture of `model` is used.
+    """The compressed architecture of `plan` trained from random factors; no weight of `model` is kept.
 
-    The epoch that is best on the validation split is kept. Other arguments go to `train.fit`. Tables: "scratch",
-    a row per epoch.
+    The epoch that is best on the validation split is kept. Other arguments go to `train.fit`. Tables:
+    "scratch", a row per epoch.
     """
     small = untrained(model, plan, seed)
     history, _ = fit_selected(small, data, epochs=epochs, lr=lr, seed=seed, **training)

@@ -7,7 +7,7 @@ inputs is smallest,
 
 no labels, no training. That is `distribution_aware(model, data, plan)` with its defaults.
 
-Ours, each a switch that tables name:
+Ours, each a switch that reports name:
 - `weigh_outputs`: the output error is measured by H, the Fisher information at the layer's output, so that
   what later layers ignore may change: min tr(H (W - What) Sigma (W - What)^T);
 - `sequential`: layers are replaced from the input to the output; each is fitted to reproduce the dense
@@ -33,11 +33,13 @@ from tdlib.calibration import TEMPERATURE, Statistics, calibration_batches, damp
 from tdlib.calibration.statistics import shrink, shrinkage_for
 from tdlib.decompositions.sigma import corrected_target, sigma_error
 from tdlib.formats import decompose, install, to_dense
+from tdlib.methods.direct import Tables
 from tdlib.planning import Plan, count, end_layers
 from tdlib.planning.candidates import candidates
 from tdlib.progress import track
+from tdlib.provenance import attach, provenance
 
-Tables = dict[str, list[dict[str, Any]]]
+Given = Statistics | str | Path | None
 
 
 def distribution_aware(
@@ -45,7 +47,7 @@ def distribution_aware(
     data: Any,
     plan: Plan,
     *,
-    statistics: Statistics | str | Path | None = None,
+    statistics: Given = None,
     samples: int = 1000,
     weigh_outputs: bool = False,
     sequential: bool = False,
@@ -58,31 +60,43 @@ def distribution_aware(
 
     data: a data set (`samples` of its training images are used, without labels) or an iterable of input
     batches. statistics: of the dense network, an object or a file, perhaps from other data; taken here where
-    None. `model` is not changed. Tables: "layers", each with the relative errors of its output and kernel.
+    None. `model` is not changed. Tables: "layers", see `layer_errors`.
     Raises: as `statistics` and `decompose`.
     """
     batches = calibration_batches(data, samples, seed=seed, device=next(model.parameters()).device)
-    if isinstance(statistics, str | Path):
-        statistics = load_statistics(statistics)
-    if statistics is None:
-        statistics = calibration.statistics(
-            model, batches, list(plan), output_weights=weigh_outputs, seed=seed, progress=progress
-        )
-    if weigh_outputs and not statistics.weights:
-        found = fisher(model, batches, list(plan), temperature=TEMPERATURE, seed=seed)
-        weights = {name: damped(H) for name, H in found.items()}
-        statistics = Statistics(statistics, statistics.means, statistics.counts, weights)
-    if not weigh_outputs:
-        statistics = Statistics(statistics, statistics.means, statistics.counts)
+    found = statistics_of(model, batches, list(plan), statistics, weigh_outputs, seed, progress)
     if sequential:
-        small = in_sequence(model, plan, batches, statistics.weights, bias_correction, progress)
+        small = in_sequence(model, plan, batches, found.weights, bias_correction, progress)
     else:
-        small = decompose(model, plan, statistics, progress=progress)
+        small = decompose(model, plan, found, progress=progress)
         if bias_correction:
-            calibration.correct_bias(small, model, statistics, plan, batches[0])
+            calibration.correct_bias(small, model, found, plan, batches[0])
     if recalibrate:
         calibration.recalibrate_batchnorm(small, batches)
-    return small, {"layers": layer_errors(model, small, statistics)}
+    return small, {"layers": layer_errors(model, small, plan, found)}
+
+
+def statistics_of(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    layers: Sequence[str],
+    given: Given,
+    weigh_outputs: bool,
+    seed: int,
+    progress: bool,
+) -> Statistics:
+    """The given statistics or those of `batches`; with H where outputs are weighed, without it where not."""
+    if given is None:
+        return calibration.statistics(
+            model, batches, layers, output_weights=weigh_outputs, seed=seed, progress=progress
+        )
+    found = load_statistics(given) if isinstance(given, str | Path) else given
+    weights = found.weights if weigh_outputs else {}
+    if weigh_outputs and not weights:
+        passes = track(batches, "sensitivity", "batch", progress)
+        information = fisher(model, passes, layers, temperature=TEMPERATURE, seed=seed)
+        weights = {name: damped(H) for name, H in information.items()}
+    return Statistics(found, found.means, found.counts, weights)
 
 
 def in_sequence(
@@ -119,6 +133,9 @@ def in_sequence(
             What = to_dense(small.get_submodule(name)).detach().double().flatten(1)
             shift = W.double().flatten(1) @ p.dense_mean.to(W.device) - What @ p.mean.to(W.device)
             calibration.shift_output(small, name, shift, batches[0][:1])
+    about = provenance(small)
+    about.plan = plan.to_dict()
+    attach(small, about)
     return small
 
 
@@ -130,42 +147,39 @@ def measured(
     skip: Sequence[str] | None = None,
     ranks: Mapping[str, Sequence[int]] | None = None,
     options: Mapping[str, Any] | None = None,
-    statistics: Statistics | str | Path | None = None,
+    statistics: Given = None,
     samples: int = 1000,
     weigh_outputs: bool = True,
     sequential: bool = True,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """What ranks by harm and the decomposition share: the statistics of the layers that can be decomposed, with
-    the Fisher information at their outputs. Arguments as in `tdlib.plan` and `distribution_aware`.
+    """What ranks by harm and the decomposition share: the statistics of the layers that can be decomposed.
 
-    Given `statistics` stand for other data, so nothing is fitted in sequence then.
+    Arguments as in `tdlib.plan` and `distribution_aware`. Given `statistics` stand for other data, so nothing
+    is fitted in sequence then.
     """
-    if statistics is not None:
-        found = load_statistics(statistics) if isinstance(statistics, str | Path) else statistics
-        return {"statistics": found, "sequential": False}
     batches = calibration_batches(data, samples, seed=seed, device=next(model.parameters()).device)
     shape = tuple(getattr(data, "input_shape", None) or batches[0].shape[1:])
     skip = end_layers(model) if skip is None else tuple(skip)
     layers, _ = candidates(model, count(model, shape), format, "params", skip, options or {})
     names = [c.name for c in layers if ranks is None or any(fnmatchcase(c.name, p) for p in ranks)]
-    found = calibration.statistics(
-        model, batches, names or None, output_weights=weigh_outputs, seed=seed, progress=progress
-    )
-    return {"statistics": found, "sequential": sequential}
+    if not names:  # nothing to measure; planning says why
+        return {}
+    found = statistics_of(model, batches, names, statistics, weigh_outputs, seed, progress)
+    return {"statistics": found, "sequential": sequential and statistics is None}
 
 
 def layer_errors(
-    model: nn.Module, small: nn.Module, statistics: Mapping[str, Tensor]
+    model: nn.Module, small: nn.Module, plan: Plan, statistics: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """Per replaced layer with statistics: relative error of the output under Sigma and of the kernel."""
+    """A row per layer: its ranks, the relative errors of its output (under Sigma) and of its kernel."""
     rows = []
-    for name, sigma in statistics.items():
+    for name, planned in plan.items():
         W = to_dense(model.get_submodule(name)).detach().cpu()
-        What = to_dense(small.get_submodule(name)).detach().reshape(W.shape).cpu()
-        frobenius = float((W - What).norm() / W.norm())
-        rows.append(
-            {"layer": name, "sigma_error": sigma_error(W, What, sigma), "frobenius_error": frobenius}
-        )
+        What = to_dense(small.get_submodule(name)).detach().cpu()
+        row: dict[str, Any] = {"layer": name, "ranks": list(planned.ranks)}
+        row["sigma_error"] = sigma_error(W, What, statistics[name])
+        row["frobenius_error"] = float((W - What).norm() / W.norm())
+        rows.append(row)
     return rows

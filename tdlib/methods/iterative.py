@@ -34,19 +34,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdlib import planning
 from tdlib.decompositions.svd import SVD, svd_factors
 from tdlib.decompositions.tucker import TUCKER2, tucker2
 from tdlib.errors import NonFiniteError, TdlibError, unknown
 from tdlib.formats import Factors, LayerPlan, Ranks, install, to_dense
 from tdlib.formats.chains import bias_of
-from tdlib.planning import Plan, count
+from tdlib.methods.direct import Tables
+from tdlib.planning import Plan, count, end_layers
 from tdlib.planning.budget import Budget, Choice, make_budget, spent
 from tdlib.planning.candidates import Candidate, candidates
 from tdlib.planning.shrinking import accept, check_reachable, check_rule, next_ranks, trim
+from tdlib.provenance import attach, provenance
 from tdlib.train import EarlyStopping, evaluate, fit, require_finished, stage
 
 FORMATS = ("tucker2", "cp")
-Tables = dict[str, list[dict[str, Any]]]
 
 
 def iterative(
@@ -59,22 +61,22 @@ def iterative(
     factor: float = 1.5,
     least: int = 2,
     group_size: int | None = None,
-    step_epochs: int = 5,
+    stage_epochs: int = 5,
     patience: int = 3,
-    step_lr: float = 0.01,
+    stage_lr: float = 0.01,
     orthogonal: bool = True,
     on_decomposed: Callable[[nn.Module], None] = lambda network: None,
     **training: Any,
 ) -> tuple[nn.Module, Tables]:
-    """Compress a copy of the trained `model` in passes until it costs what `plan` costs.
+    """Compress a copy of the trained `model` in passes until it costs what `plan` costs, within 2 %.
 
-    plan: the layers, their format and the budget; the ranks on the way and at the end are the method's own.
-    rule: "vbmf" with `weakening` w, or "nx", which divides every layer's parameters by `factor` x per pass; a
-    pass in which "vbmf" finds nothing to cut falls back to "nx", and the table says so. least: lower bound of
-    every rank. group_size: layers decomposed between two fine-tunings (None: all layers of a pass). Each
-    fine-tuning takes at most `step_epochs` at `step_lr`; of its epochs the best on validation is kept.
-    on_decomposed: called with the network after every decomposition, before it is fine-tuned. Other arguments
-    go to `train.fit`.
+    plan: the layers, their format and the budget; the ranks on the way and at the end are the method's own
+    (`tdlib.provenance(result)` has them). rule: "vbmf" with `weakening` w, or "nx", which divides every
+    layer's parameters by `factor` x per pass; a pass in which "vbmf" finds nothing to cut falls back to "nx",
+    and the table says so. least: lower bound of every rank. group_size: layers decomposed between two
+    fine-tunings (None: all layers of a pass). Each fine-tuning takes at most `stage_epochs` at `stage_lr`; of
+    its epochs the best on validation is kept. on_decomposed: called with the network after every
+    decomposition, before it is fine-tuned. Other arguments go to `train.fit`.
 
     Tables: "ranks" (a row per layer and pass), "stages" (per fine-tuning: epochs, validation accuracy before
     and after, ratio), "finetune" (per epoch).
@@ -84,14 +86,13 @@ def iterative(
     if plan.format not in FORMATS:
         raise unknown("format of the iterative method", plan.format, FORMATS)
     check_rule(rule, weakening, factor, least)
-    if patience < 1 or step_epochs < 0 or (group_size is not None and group_size < 1):
+    if patience < 1 or stage_epochs < 0 or (group_size is not None and group_size < 1):
         raise TdlibError(
-            "need patience >= 1, step_epochs >= 0 and group_size >= 1, "
-            f"got {patience}, {step_epochs}, {group_size}"
+            "need patience >= 1, stage_epochs >= 0 and group_size >= 1, "
+            f"got {patience}, {stage_epochs}, {group_size}"
         )
     cost = count(model, data.input_shape)
-    skip = [name for name in plan.skipped if "skipped on request" in plan.skipped[name]]
-    found = [c for c in candidates(model, cost, plan.format, plan.by, skip, {})[0] if c.name in plan]
+    found = [c for c in candidates(model, cost, plan.format, plan.by, (), {})[0] if c.name in plan]
     budget = make_budget(cost.by(plan.by), found, plan.ratio, plan.by)
     check_reachable(found, budget, least)
 
@@ -100,26 +101,47 @@ def iterative(
     tables: Tables = {"ranks": [], "stages": [], "finetune": []}
     now: Choice = dict.fromkeys(sites)
     started, number = time.perf_counter(), 0
-    while spent(found, now) > budget.limit and not budget.met(spent(found, now)):
+    while (left := spent(found, now)) > budget.limit and not budget.met(left):
         number += 1
         wanted, used = choose(sites, now, budget, rule, weakening, factor, least)
         tables["ranks"] += rank_rows(found, wanted, number, used)
         for group, names in enumerate(groups_of(list(sites), group_size)):
-            changed = {name: wanted[name] for name in names if wanted[name] not in (None, now[name])}
-            for name, ranks in changed.items():
-                install(small, name, sites[name].shrink(ranks), LayerPlan(plan.format, ranks))
+            changed = {name: r for name in names if (r := wanted[name]) and r != now[name]}
             if not changed:
                 continue
+            for name, ranks in changed.items():
+                install(small, name, sites[name].shrink(ranks), LayerPlan(plan.format, ranks))
             now |= changed
             on_decomposed(small)
-            options = stage({"lr": step_lr, **training}, f"pass{number}-group{group}", started)
-            row, epochs = finetune(small, data, step_epochs, patience, options)
+            options = stage({"lr": stage_lr, **training}, f"pass{number}-group{group}", started)
+            row, epochs = finetune(small, data, stage_epochs, patience, options)
             place = {"pass": number, "group": group}
-            row |= {"layers": list(changed), "ratio": budget.ratio_of(spent(found, now))}
-            tables["stages"].append(place | row)
-            done = len(tables["finetune"])
-            tables["finetune"] += [{**e, "epoch": done + k, **place} for k, e in enumerate(epochs)]
+            ratio = budget.ratio_of(spent(found, now))
+            tables["stages"].append({**place, "layers": list(changed), "ratio": ratio, **row})
+            first = len(tables["finetune"])
+            tables["finetune"] += [{**e, "epoch": first + k, **place} for k, e in enumerate(epochs)]
+    done = {name: ranks for name, ranks in now.items() if ranks}
+    about = provenance(small)
+    about.plan = planning.plan(model, tuple(data.input_shape), plan.format, by=plan.by, ranks=done).to_dict()
+    attach(small, about)
     return small, tables
+
+
+def goal(
+    model: nn.Module,
+    data: Any,
+    *,
+    ratio: float,
+    by: str = "params",
+    format: str = "tucker2",
+    skip: Sequence[str] | None = None,
+) -> Plan:
+    """The plan to give to `iterative`: layers, format and budget; its ranks, uniform ones, play no part.
+
+    skip None leaves the first convolution and the classifier dense. Raises: as `tdlib.plan`.
+    """
+    skip = end_layers(model) if skip is None else skip
+    return planning.plan(model, tuple(data.input_shape), format, ratio, by, skip)
 
 
 def groups_of(names: Sequence[str], size: int | None) -> list[list[str]]:
@@ -155,21 +177,24 @@ def choose(
 def finetune(
     model: nn.Module, data: Any, epochs: int, patience: int, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Fine-tune in place with early stopping, the weights of the best validation epoch stay: (row, epochs)."""
+    """Fine-tune in place with early stopping; the weights of the best validation epoch stay.
+
+    Returns (a row of the table "stages", a row per epoch).
+    """
     began, device = time.perf_counter(), options.get("device")
 
     def validation() -> float | None:
         return evaluate(model, data, "val", device=device)["accuracy"] if len(data.val) else None
 
-    row: dict[str, Any] = {"val_before": validation()}
-    rows: list[dict[str, Any]] = []
+    before, rows = validation(), []
     if epochs:
         stopping = EarlyStopping(patience)
         history = fit(model, data, epochs=epochs, hooks=(stopping,), **options)
         require_finished(history)
         stopping.restore(model)
         rows = history.rows
-    return row | {"epochs": len(rows), "val_after": validation(), "seconds": time.perf_counter() - began}, rows
+    row = {"epochs": len(rows), "val_before": before, "val_after": validation()}
+    return {**row, "seconds": time.perf_counter() - began}, rows
 
 
 def rank_rows(found: Sequence[Candidate], choice: Choice, number: int, rule: str) -> list[dict[str, Any]]:
@@ -184,7 +209,7 @@ def rank_rows(found: Sequence[Candidate], choice: Choice, number: int, rule: str
 
 
 class Site:
-    """One layer on its way: the dense geometry it started from, the module it is now, and how to shrink that."""
+    """One layer on its way: the geometry it started from, the module it is now, and how to shrink that."""
 
     def __init__(self, candidate: Candidate, dense: nn.Module, orthogonal: bool) -> None:
         self.candidate, self.orthogonal = candidate, orthogonal
@@ -202,7 +227,7 @@ class Site:
         return to_dense(self.module).detach() if self.refitted else self._factors()[0]
 
     def shrink(self, ranks: Ranks) -> nn.Module:
-        """The module of these (smaller) ranks, which is from now on the present one. Raises NonFiniteError."""
+        """The module of these (smaller) ranks, from now on the present one. Raises NonFiniteError."""
         if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
             raise NonFiniteError(
                 f"layer {self.candidate.name!r} has NaN or Inf in its weights: lower the fine-tuning lr"

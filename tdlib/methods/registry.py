@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from tdlib.calibration import calibration_batches
-from tdlib.errors import TdlibError, needs, unknown
+from tdlib.errors import DataError, TdlibError, needs, unknown
 from tdlib.planning import Plan, end_layers, plan
 from tdlib.provenance import attach, provenance
 from tdlib.train import accuracies, fit, fit_selected, stage
@@ -31,9 +31,9 @@ class Method:
 
     run: "module:function". formats: that it works in, its own choice first. planner: "module:function" of
     (model, data, *, format, ratio, by, ...) -> plan, where `compress` should not use `planned`. prepare:
-    "module:function" of (model, data, *, ...) -> arguments for planner and run, measured once for both. rule: of
-    the ranks. defaults: arguments of run that `compress` sets otherwise. finetune_epochs: after the method,
-    where the caller does not say.
+    "module:function" of (model, data, *, ...) -> arguments for planner and run, measured once for both.
+    defaults: arguments that `compress` sets otherwise. finetune_epochs: after the method, where the caller
+    does not say.
     """
 
     run: str
@@ -45,7 +45,6 @@ class Method:
     ratio: str = "within 2 % of the target"
     planner: str = "tdlib.methods.registry:planned"
     prepare: str = ""
-    rule: str = "uniform"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     finetune_epochs: int = 0
 
@@ -62,6 +61,7 @@ METHODS: dict[str, Method] = {
     "iterative": Method(
         "tdlib.methods.iterative:iterative", "Gusak et al., ICCVW 2019", ("tucker2", "cp"),
         training="fine-tuning after every step", ratio="reached step by step, stops at the target",
+        planner="tdlib.methods.iterative:goal",
     ),
     "rstd": Method(
         "tdlib.methods.rstd:rstd", "Li et al., ICASSP 2019", ("tt", "tr", "cp", "tucker"),
@@ -70,9 +70,9 @@ METHODS: dict[str, Method] = {
     ),
     "distribution-aware": Method(
         "tdlib.methods.distribution_aware:distribution_aware", "Kalle et al., NeurIPS 2025",
-        ("tucker2", "cp", "cp4", "tt"),
-        data="unlabelled inputs", labels=False, rule="global",
-        prepare="tdlib.methods.distribution_aware:measured", defaults={"weigh_outputs": True, "sequential": True},
+        ("tucker2", "cp", "cp4", "tt"), data="unlabelled inputs", labels=False,
+        prepare="tdlib.methods.distribution_aware:measured",
+        defaults={"rule": "global", "weigh_outputs": True, "sequential": True},
     ),
 }  # fmt: skip
 
@@ -112,60 +112,80 @@ def compress(
 
     Plans the ranks, runs the method on a copy, fine-tunes. `model` is neither changed nor moved.
 
-    format: default the method's first. skip: layers that stay dense; None: the first convolution and the
-    classifier, as in the papers. rule, options: of `tdlib.plan`; ranks: a table instead of a ratio.
-    finetune_epochs at finetune_lr: training after the method (default: 10 for "admm", else none); the epoch
-    that is best on the validation split is kept. hyper: arguments of the method and of `train.fit`
-    (`hyperparameters(method)` lists them); checkpoint and max_minutes are for the whole.
+    data: a data set or, for what needs no labels, an iterable of input batches (the first 1000 inputs or
+    `samples` are used). format: default the method's first. skip: layers that stay dense; None: the first
+    convolution and the classifier, as in the papers. rule, options: of `tdlib.plan` (the rule of "iterative"
+    is its own); ranks: a table instead of a ratio. finetune_epochs at finetune_lr: training after the method
+    (default: 10 for "admm", else none); the epoch that is best on the validation split is kept. hyper:
+    arguments of the method and of `train.fit` (`hyperparameters(method)` lists them); checkpoint and
+    max_minutes are for the whole.
 
-    "distribution-aware" here is the paper's decomposition under Sigma with our three steps beyond it: ranks by
-    harm, outputs weighted, layers fitted in sequence, which keep more accuracy at equal ratio. The paper's own:
-    `rule="uniform", weigh_outputs=False, sequential=False`.
+    "distribution-aware" here is the paper's decomposition under Sigma with our three steps beyond it: ranks
+    by harm, outputs weighted, layers fitted in sequence, which keep more accuracy at equal ratio. The paper's
+    own: `rule="uniform", weigh_outputs=False, sequential=False`.
 
-    What was measured on the way is in `tdlib.provenance(result).report`: accuracies in percent on the
-    validation and test splits (dense; before, after fine-tuning), ratios, tables of the method, seconds.
+    What was measured on the way is in `tdlib.provenance(result).report`: "method"; "settings" as given;
+    "plan", "params_ratio" and "macs_ratio" of the result; with a data set accuracies in percent on its
+    validation and test splits, "dense", "before" and "after" fine-tuning; "history", the tables of the method
+    and of fine-tuning; "seconds".
 
     Raises: UnknownName for a method, a format or a hyper-parameter that does not exist, with the valid names;
-    BudgetError where the ratio cannot be reached.
+    BudgetError where the ratio cannot be reached; DataError where labels are needed and there are none.
     """
-    row = _row(method)
+    row, started = _row(method), time.perf_counter()
     run, planner = _function(row.run), _function(row.planner)
-    for name in hyper:
-        if name not in hyperparameters(method):
-            raise unknown(f"hyper-parameter of {method!r}", name, hyperparameters(method))
-    format = row.formats[0] if format is None else format
-    if format not in row.formats:
-        raise unknown(f"format of {method!r}", format, row.formats)
-    if (ratio is None) == (ranks is None):
-        raise TdlibError("give either a ratio or an explicit table of ranks")
-    started = time.perf_counter()
-    dense = copy.deepcopy(model) if device is None else copy.deepcopy(model).to(device)
+    epochs = row.finetune_epochs if finetune_epochs is None else finetune_epochs
+    asked: dict[str, Any] = {"format": format or row.formats[0], "ratio": ratio, "by": by}
+    asked |= {"skip": skip, "rule": rule, "ranks": ranks, "options": options}
+    asked |= {"seed": seed, "device": device, "progress": progress}
+    asked = {name: value for name, value in asked.items() if value is not None} | hyper
+    _check(method, asked, hyper)
+    labelled = hasattr(data, "batches")
+    if not labelled and (row.labels or epochs):
+        raise DataError(f"{method!r} needs a data set with labels to train on, got a {type(data).__name__}")
 
-    given = {"format": format, "ratio": ratio, "by": by, "skip": skip, "ranks": ranks, "options": options}
-    given |= {"rule": rule or row.rule, "seed": seed, "device": device, "progress": progress}
-    given |= {**row.defaults, **hyper}
+    dense = copy.deepcopy(model) if device is None else copy.deepcopy(model).to(device)
+    inputs = data if labelled else calibration_batches(data, hyper.get("samples", 1000))
+    given = {**row.defaults, **asked}
     if row.prepare:
         prepare = _function(row.prepare)
-        given |= prepare(dense, data, **accepted(prepare, given))
-    chosen = planner(dense, data, **accepted(planner, given))
-    small, tables = run(dense, data, chosen, **stage(accepted(run, given, fit), method, started))
-    measured = hasattr(data, "batches")
-    report: dict[str, Any] = {"method": method, "plan": chosen.to_dict(), "history": tables}
-    report |= {"params_ratio": chosen.params_ratio, "macs_ratio": chosen.macs_ratio}
-    if measured:
-        report["dense"], report["before"] = (accuracies(net, data, device) for net in (dense, small))
-    epochs = row.finetune_epochs if finetune_epochs is None else finetune_epochs
-    if epochs:
-        own = {name: value for name, value in given.items() if name in _names(fit)}
-        settings = stage({**own, "epochs": epochs, "lr": finetune_lr}, "finetune", started)
-        history, _ = fit_selected(small, data, **settings)
-        tables["finetune"] = tables.get("finetune", []) + history.rows
-    if measured:
-        report["after"] = accuracies(small, data, device)
+        given |= prepare(dense, inputs, **accepted(prepare, given))
+    chosen = planner(dense, inputs, **accepted(planner, given))
+    small, tables = run(dense, inputs, chosen, **stage(accepted(run, given, fit), method, started))
+
     about = provenance(small)
+    made = Plan.from_dict(about.plan) if about.plan else chosen
+    settings = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
+    report: dict[str, Any] = {"method": method, "settings": settings, "plan": made.to_dict()}
+    report |= {"params_ratio": made.params_ratio, "macs_ratio": made.macs_ratio, "history": tables}
+    if labelled:
+        report["dense"], report["before"] = (accuracies(net, data, device) for net in (dense, small))
+    if epochs:
+        training = {name: value for name, value in given.items() if name in _names(fit)}
+        training |= {"epochs": epochs, "lr": finetune_lr}
+        history, _ = fit_selected(small, data, **stage(training, "finetune", started))
+        tables["finetune"] = tables.get("finetune", []) + history.rows
+    if labelled:
+        report["after"] = accuracies(small, data, device)
     about.report = report | {"seconds": time.perf_counter() - started}
     attach(small, about)
     return small
+
+
+def _check(method: str, asked: Mapping[str, Any], hyper: Mapping[str, Any]) -> None:
+    """Raises UnknownName or TdlibError for what the method does not know, before anything is computed."""
+    row = _row(method)
+    for name in hyper:
+        if name not in hyperparameters(method):
+            raise unknown(f"hyper-parameter of {method!r}", name, hyperparameters(method))
+    if asked["format"] not in row.formats:
+        raise unknown(f"format for {method!r}", asked["format"], row.formats)
+    valid = [*_names(_function(row.planner)), *_names(_function(row.run))]
+    for name in ("rule", "ranks", "options"):
+        if name in asked and name not in valid:
+            raise TdlibError(f"method {method!r} takes no {name}; leave it out")
+    if ("ratio" in asked) == ("ranks" in asked):
+        raise TdlibError("give either a ratio or an explicit table of ranks")
 
 
 def planned(
@@ -183,18 +203,15 @@ def planned(
     multiple: int = 1,
     progress: bool = False,
 ) -> Plan:
-    """`tdlib.plan` with the papers' choice of dense layers (`end_layers`) where skip is None."""
+    """`tdlib.plan` with the papers' choice of dense layers (`end_layers`) where skip is None.
+
+    data: a data set or a list of input batches, for the shape of one input.
+    """
+    shape = data.input_shape if hasattr(data, "input_shape") else data[0].shape[1:]
     return plan(
-        model, _input_shape(data), format, ratio, by, end_layers(model) if skip is None else skip, rule, ranks,
+        model, tuple(shape), format, ratio, by, end_layers(model) if skip is None else skip, rule, ranks,
         statistics, multiple=multiple, progress=progress, **dict(options or {}),
     )  # fmt: skip
-
-
-def _input_shape(data: Any) -> tuple[int, ...]:
-    """Of a data set, or of the first of an iterable of batches."""
-    if hasattr(data, "input_shape"):
-        return tuple(data.input_shape)
-    return tuple(calibration_batches(data, 1)[0].shape[1:])
 
 
 def hyperparameters(method: str) -> tuple[str, ...]:
@@ -205,6 +222,15 @@ def hyperparameters(method: str) -> tuple[str, ...]:
     names = [name for part in parts for name in _names(part)]
     names += [name for name in _names(fit) if name not in ("epochs", "lr", "hooks")]
     return tuple(name for name in dict.fromkeys(names) if name not in _names(compress))
+
+
+def accepted(
+    function: Callable[..., Any], given: Mapping[str, Any], rest: Callable[..., Any] | None = None
+) -> dict[str, Any]:
+    """Those of the given arguments that the function takes by name, or passes on to `rest`."""
+    open_ = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    valid = _names(function) + (_names(rest) if rest is not None and open_ else [])
+    return {name: value for name, value in given.items() if name in valid}
 
 
 def _row(method: str) -> Method:
@@ -222,12 +248,3 @@ def _names(function: Callable[..., Any]) -> list[str]:
     """Keyword arguments of a function."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-
-
-def accepted(
-    function: Callable[..., Any], given: Mapping[str, Any], rest: Callable[..., Any] | None = None
-) -> dict[str, Any]:
-    """Those of the given arguments that the function takes by name, or passes on to `rest`."""
-    open_ = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-    valid = _names(function) + (_names(rest) if rest is not None and open_ else [])
-    return {name: value for name, value in given.items() if name in valid}

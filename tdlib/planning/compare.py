@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from tdlib.errors import TdlibError, needs
-from tdlib.io import size_on_disk
+from tdlib.io import once, size_on_disk
 from tdlib.modes import evaluating
 from tdlib.planning.cost import count
 from tdlib.provenance import provenance
@@ -98,10 +98,7 @@ def compare(
                 else []
             )
             rows.append(_row(name, formats.get(name, ""), sizes, _latency(runs, repeats, first.device)))
-        whole = [
-            (cost.params, cost.macs, size_on_disk(m))
-            for m, cost in zip(models, costs, strict=True)
-        ]
+        whole = [(cost.params, cost.macs, size_on_disk(m)) for m, cost in zip(models, costs, strict=True)]
         runs = [_call(model, (x,)) for model in models]
         last = _row(WHOLE, "", whole, _latency(runs, repeats, first.device))
     last["params_ratio"] = _ratio(costs[0].weights, costs[1].weights)

@@ -94,7 +94,8 @@ class Plan(Mapping[str, LayerPlan]):
     def layers_ratio(self) -> float:
         """Dense / compressed over the decomposed layers alone, in the plan's unit."""
         k = int(self.by == "macs")
-        return sum(c.dense[k] for c in self.costs.values()) / max(1, sum(c.planned[k] for c in self.costs.values()))
+        dense = sum(cost.dense[k] for cost in self.costs.values())
+        return dense / max(1, sum(cost.planned[k] for cost in self.costs.values()))
 
     def to_frame(self) -> Any:
         """pandas table: one row per planned layer."""

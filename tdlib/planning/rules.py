@@ -4,9 +4,9 @@ A rule takes the candidates and a budget (None without a target ratio) and retur
 ranks, or None where the layer stays dense.
 
 The global rule works on *error curves*: for every layer a path of (ranks, cost, error) along which cost
-rises and error falls. The errors come from the singular values of the kernel's unfoldings; with statistics they
-are those of the layer's output, and weighted by the Fisher information (`Statistics.weights`) they are the harm
-done to the output of the network.
+rises and error falls. The errors come from the singular values of the kernel's unfoldings; with statistics
+they are those of the layer's output, and weighted by the Fisher information (`Statistics.weights`) they are
+the harm done to the output of the network.
 """
 
 from __future__ import annotations

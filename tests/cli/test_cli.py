@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import tdlib
-from tdlib import chapters, cli
-from tdlib.commands import book, common
+from tdlib import cli
+from tdlib.cli import common
 
 RUNNER = CliRunner()
 COMMANDS = {info.callback.__name__: info.callback for info in cli.app.registered_commands}
@@ -52,31 +52,31 @@ def test_examples_of_the_help_work(user, command, example):
 
 
 def test_every_command_has_examples_and_help():
-    assert set(COMMANDS) >= {
-        "methods",
-        "chapters",
-        "run",
-        "compress",
-        "compare",
-        "count",
-        "plan",
-        "records",
-        "sweep",
-    }
+    assert set(COMMANDS) == {"methods", "count", "plan", "compare", "compress"}
     for name, function in COMMANDS.items():
         assert examples(function.__doc__), name
         shown = run(name, "--help")
         assert shown.exit_code == 0 and "Examples:" in shown.output and "--debug" in shown.output
 
 
-def test_help_does_not_import_torch():
-    code = "import sys\nfrom tdlib.cli import app\ntry:\n    app(['compress', '--help'])\n"
-    code += "except SystemExit as end:\n"
-    code += "    heavy = {'torch', 'torchvision', 'pandas', 'tensorly', 'matplotlib'} & set(sys.modules)\n"
-    code += "    sys.exit(f'imported {heavy}' if heavy else end.code)"
+def without(packages, *commands):
+    """The output of commands of `tdlib` in a fresh process that cannot import these packages."""
+    code = f"import sys; sys.modules |= dict.fromkeys({packages})\nfrom tdlib.cli import app\n"
+    code += f"for words in {commands}:\n    try: app(words)\n    except SystemExit as e: assert not e.code"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--model" in done.stdout
+    return done.stdout
+
+
+def test_help_does_not_import_torch():
+    heavy = ["torch", "torchvision", "tensorly", "numpy", "tabulate"]
+    shown = without(heavy, ["--help"], *([name, "--help"] for name in COMMANDS))
+    assert "--model" in shown and "tdlib methods" in shown
+
+
+def test_tables_and_json_do_not_need_pandas(user):
+    shown = without(["pandas"], ["methods"], ["count", "dense.safetensors", "--json"], ["methods", "--json"])
+    assert "Yin et al., CVPR 2021" in shown and '"params"' in shown
 
 
 COMPRESS = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:photos", "--method", "direct"]
@@ -93,14 +93,12 @@ FOREIGN += ["--out", "x.safetensors"]
         (["count", "resnet20", "--input-shape", "3,a"], 2, "3,32,32"),
         (["plan", "cnn", "--input-shape", "1,8,8", "--format", "tuker2"], 2, "tucker2"),
         (["plan", "cnn", "--input-shape", "1,8,8", "--ratio", "9999"], 1, "reach"),
-        (["run", "nothing"], 2, "primer"),
-        (["run", "primer", "-p", "sed", "1"], 2, "seed"),
-        (["run", "primer", "-p", "dataset", "imagefolder:none"], 1, "does not exist"),
-        (["run", "primer", "--profile", "huge"], 2, "quick"),
         ([*COMPRESS, "--out", "dense.safetensors"], 2, "--force"),
         ([*COMPRESS, "--out", "no/such/folder.safetensors"], 2, "folder"),
         ([*COMPRESS, "--out", "x.safetensors", "--ratio", "0.5"], 2, "above 1"),
         ([*COMPRESS, "--out", "x.safetensors", "--by", "weight"], 2, "macs"),
+        ([*COMPRESS, "--out", "x.safetensors", "--format", "tuker2"], 2, "tucker2"),
+        ([*COMPRESS, "--out", "x.safetensors", "--rule", "unifrom"], 2, "uniform"),
         ([*COMPRESS, "--out", "x.safetensors", "--set", "epochz=3"], 2, "epochz"),
         ([*COMPRESS, "--out", "x.safetensors", "--set", "epochs"], 2, "key=value"),
         ([*COMPRESS, "--out", "x.safetensors", "--onnx", "x.safetensors"], 2, "different files"),
@@ -110,9 +108,8 @@ FOREIGN += ["--out", "x.safetensors"]
         ([*COMPRESS, "--out", "x.safetensors", "--data", "npz:scans.npz"], 2, "channels"),
         (FOREIGN, 2, "for 5 classes, the data have 3; --train-epochs N"),
         (["compress", "--model", "cnn"], 2, "--data"),
-        (["sweep", "none.yaml"], 1, "does not exist"),
-        (["sweep", "grid.yaml", "--name", "dem"], 2, "demo"),
-        (["records", "--folder", "none"], 1, "none"),
+        (["compare", "dense.safetensors", "missing.safetensors"], 2, "does not exist"),
+        (["compare", "dense.safetensors", "two.safetensors", "--batch", "0"], 2, "--batch"),
         (["nonsense"], 2, "nonsense"),
     ],
 )  # fmt: skip
@@ -123,12 +120,7 @@ def test_errors_are_one_line_with_an_exit_code(user, arguments, code, words):
     assert words in result.stderr and "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 or "Usage" in result.stderr
-    left = [
-        path
-        for path in sorted(user.iterdir())
-        if path not in before and path.name not in ("failed", "records")
-    ]
-    assert left == []
+    assert sorted(user.iterdir()) == before
 
 
 def test_debug_shows_the_traceback(user):
@@ -151,24 +143,25 @@ def test_compress_reports_what_it_did_and_the_file_is_that_network(user):
     data = tdlib.data.load("imagefolder:photos")
     accuracy = tdlib.train.evaluate(small, data, "test", device="cpu")["accuracy"]
     assert f"{accuracy:.2f}" in rows["test accuracy, %"]
+    assert not any("fine-tuning" in name for name in rows)
     assert run(*COMPRESS, "--format", "tucker2", "--out", out).exit_code == 2
     assert run(*COMPRESS, "--format", "tucker2", "--out", out, "--force").exit_code == 0
+
+
+def test_accuracies_are_those_that_compress_measured(user):
+    dense, small = tdlib.load("dense.safetensors"), tdlib.load("two.safetensors")
+    stages = zip(("dense", "before", "after"), (90.0, 40.0, 80.0), strict=True)
+    tdlib.provenance(small).report |= {stage: {"test": accuracy} for stage, accuracy in stages}
+    table = cli.compress.before_after(dense, small, tdlib.data.load("imagefolder:photos"))
+    assert re.search(r"before fine-tuning, % +90.00 +40.00 +-50.00\n", table)
+    assert re.search(r"test accuracy, % +90.00 +80.00 +-10.00\n", table)
 
 
 def test_same_seed_same_file(user):
     """The tensors; the order of a safetensors header is not fixed."""
     for name in ("a", "b"):
-        arguments = [
-            "compress",
-            "--model",
-            "cnn",
-            "--train-epochs",
-            "1",
-            "--data",
-            "npz:scans.npz",
-            "--method",
-            "direct",
-        ]
+        arguments = ["compress", "--model", "cnn", "--train-epochs", "1", "--data", "npz:scans.npz"]
+        arguments += ["--method", "direct"]
         assert run(*arguments, "--seed", "3", "--out", f"{name}.safetensors").exit_code == 0
     a, b = (load_file(user / f"{name}.safetensors") for name in ("a", "b"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -184,47 +177,24 @@ def test_machine_readable_output(user):
     assert set(json.loads(run("methods", "--json").stdout)) >= {"direct", "admm", "distribution-aware"}
 
 
-def test_run_passes_parameters_and_writes_records(user):
-    result = run("run", "primer", "-p", "seed", "7", "-p", "dataset=npz:scans.npz", "--out", "seven.ipynb",
-                 "--records", "mine")  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    assert "seed 7 classes 4" in (user / "seven.ipynb").read_text()
-    listed = run("records", "--folder", "mine", "--json")
-    assert json.loads(listed.stdout)[0]["seed"] == 7
-    assert "primer" in run("records", "--folder", "mine").stdout
+def test_settings_are_read_as_json_or_python():
+    values = ["1", "1e-3", ".5", "true", "False", "None", "[1, 2]", "(8, 4)", "tt", "npz:a.npz", "tt-matrix"]
+    read = [1, 1e-3, 0.5, True, False, None, [1, 2], (8, 4), "tt", "npz:a.npz", "tt-matrix"]
+    assert [common.parse_value(value) for value in values] == read
 
 
-def test_sweep_reports_failures_in_its_exit_code(user):
-    (user / "bad.yaml").write_text("bad: {chapter: primer, grid: {dataset: [digits, 'npz:none.npz']}}")
-    result = run("sweep", "bad.yaml", "--jobs-per-device", "2", "--out", "s")
-    assert result.exit_code == 1 and "1 of 2 jobs" in result.stderr
-    assert "does not exist" in result.stdout or "none.npz" in result.stdout
-    assert (user / "s" / "bad.csv").is_file()
-
-
-def test_key_value_pairs_are_joined():
-    assert book.join_pairs(["-p", "a", "1", "-p", "b=2", "--out", "x"]) == [
-        "-p",
-        "a=1",
-        "-p",
-        "b=2",
-        "--out",
-        "x",
-    ]
-    assert book.join_pairs(["-p", "a"]) == ["-p", "a"]
-    values = ["1", "1e-3", ".5", "true", "None", "[1, 2]", "tt", "npz:a.npz"]
-    assert [common.parse_value(v) for v in values] == [1, 1e-3, 0.5, True, None, [1, 2], "tt", "npz:a.npz"]
-
-
-def test_paths_of_data_are_made_absolute(user):
-    assert book.absolute("imagefolder:photos") == f"imagefolder:{(user / 'photos').resolve()}"
-    assert book.absolute("digits") == "digits" and book.absolute(3) == 3
-
-
-def test_chapters_lists_parameters(user):
-    text = run("chapters").stdout
-    assert "primer" in text and "seed=0" in text
-    assert chapters.NOTEBOOKS.name == "notebooks"
+def test_the_help_of_compress_says_how_to_get_the_papers_own_distribution_aware(user):
+    own = re.search(r"--rule uniform --set \S+ --set \w+=false", COMMANDS["compress"].__doc__)[0]
+    start = [*COMPRESS, "--method", "distribution-aware", "--format", "tucker2", "--out"]
+    assert run(*start, "paper.safetensors", *shlex.split(own)).exit_code == 0
+    assert run(*start, "ours.safetensors").exit_code == 0
+    paper, ours = (load_file(f"{name}.safetensors") for name in ("paper", "ours"))
+    switches = {"rule": "uniform", "weigh_outputs": False, "sequential": False, "progress": False}
+    dense, data = tdlib.load("dense.safetensors"), tdlib.data.load("imagefolder:photos")
+    small = tdlib.compress(dense, "distribution-aware", data, ratio=2, format="tucker2", **switches)
+    expected = small.state_dict()
+    assert paper.keys() == expected.keys() and all(torch.equal(paper[name], expected[name]) for name in paper)
+    assert {name: value.shape for name, value in paper.items()} != {name: v.shape for name, v in ours.items()}
 
 
 def test_weights_of_other_classes_with_training_get_a_fresh_last_layer(user):

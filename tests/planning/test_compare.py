@@ -17,10 +17,10 @@ def test_rows_ratios_and_bytes():
     assert torch.equal(rng, torch.get_rng_state()) and dense.training and small.training
     rows = {row["layer"]: row for row in result.rows}
     assert plan.keys() <= rows.keys() and not any("." in n and n.split(".")[-1].isdigit() for n in plan)
-    for name, ranks in plan.items():
+    for name, cost in plan.costs.items():
         row = rows[name]
-        assert row["format"] == "tucker2" and ranks
-        assert (row["dense_macs"], row["macs"]) == (plan.rows[name].dense[1], plan.rows[name].cost[1])
+        assert row["format"] == "tucker2"
+        assert (row["dense_macs"], row["macs"]) == (cost.dense[1], cost.planned[1])
         assert row["bytes"] == 4 * row["params"] and row["dense_ms"] > 0 and row["ms"] > 0
     whole = result.whole
     assert whole["params"] == plan.params and whole["params_ratio"] == pytest.approx(plan.params_ratio)

@@ -1,58 +1,42 @@
-"""All formats in one network: torch.export, torch.compile, ONNX and state_dict give the same outputs."""
+"""All formats in one network: torch.export, torch.compile, ONNX, state and files give the same outputs."""
 
+import copy
 import io
 import warnings
 
 import pytest
 import torch
+from format_cases import KINDS, make_layer, middle
 from torch import nn
 
-from tdlib.layers import decompose, get_format, skeleton
-
-#: Every module class and every kind of chain once.
-CONV, POINT, LINEAR = (
-    lambda: nn.Conv2d(6, 8, 3, (2, 1), 1),
-    lambda: nn.Conv2d(6, 8, 1, (2, 1)),
-    lambda: nn.Linear(6, 8),
-)
-BRANCHES = [
-    (CONV, "tucker2", {}),
-    (CONV, "cp4", {}),
-    (CONV, "svd", {}),
-    (CONV, "tt", {"order": 2}),
-    (CONV, "tr", {}),
-    (POINT, "svd", {}),
-    (LINEAR, "svd", {}),
-    (LINEAR, "tr", {}),
-    (LINEAR, "tt-matrix", {}),
-]
+import tdlib
+from tdlib.formats import LayerPlan, decompose, get_format, skeleton
 
 
 class Branches(nn.Module):
-    """Layers beside each other on one image."""
+    """Every kind of module beside each other on one image."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(make() for make, _, _ in BRANCHES)
+        self.layers = nn.ModuleList(make_layer(name).float() for name, _, _ in KINDS)
 
     def forward(self, x):
         flat = x.flatten(2).transpose(1, 2)
         maps = [
-            layer(flat).mT if make is LINEAR else layer(x)
-            for layer, (make, _, _) in zip(self.layers, BRANCHES, strict=True)
+            layer(flat).mT if name == "linear" else layer(x)
+            for layer, (name, _, _) in zip(self.layers, KINDS, strict=True)
         ]
         return torch.stack([m.flatten(2).mean(2) for m in maps])
 
 
 @pytest.fixture(scope="module")
 def network():
-    model = Branches().eval()
-    rows = {}
-    for k, (_, format, options) in enumerate(BRANCHES):
-        ranks = [2] * len(get_format(format).bounds(model.layers[k].weight.shape, **options))
-        rows[f"layers.{k}"] = {"format": format, "ranks": ranks, "options": options}
-    return decompose(model, rows)
+    model, plan = Branches().eval(), {}
+    for k, (_, format, options) in enumerate(KINDS):
+        bound = get_format(format).bind(model.layers[k].weight.shape, **options)
+        plan[f"layers.{k}"] = LayerPlan(format, middle(bound), options)
+    return decompose(model, plan)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +67,11 @@ def test_export_with_a_free_batch_and_onnx(network, x):
         torch.testing.assert_close(torch.from_numpy(found), network(more), rtol=1e-4, atol=1e-5)
 
 
-def test_state_dict_round_trip(network, x):
-    other = skeleton(Branches(), network._tdlib["layers"]).eval()
+def test_state_dict_files_and_copies(network, x, tmp_path):
+    other = skeleton(Branches(), tdlib.provenance(network).layers).eval()
     assert not torch.allclose(other(x), network(x))
     other.load_state_dict(network.state_dict(), strict=True)
-    torch.testing.assert_close(other(x), network(x), rtol=0, atol=0)
+    tdlib.save(network, tmp_path / "all.safetensors")
+    for again in (other, copy.deepcopy(network), tdlib.load(tmp_path / "all.safetensors", Branches())):
+        assert torch.equal(again(x), network(x))
+        assert tdlib.provenance(again).layers == tdlib.provenance(network).layers

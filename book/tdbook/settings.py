@@ -1,0 +1,43 @@
+"""What every chapter does with its parameters: a profile's recipe, with what is given in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import tdlib
+from tdlib.data import Bundle
+from tdlib.errors import unknown
+
+
+def recipe(profile: str, profiles: Mapping[str, Mapping[str, Any]], **given: Any) -> SimpleNamespace:
+    """The profile's settings, those that are given (not None) in their place; read as attributes.
+
+    `ratio` becomes `ratios`, a list of numbers, and `seeds` (how many) the list of seeds from `seed` on.
+    Raises: UnknownName for a profile.
+    """
+    if profile not in profiles:
+        raise unknown("profile", profile, profiles)
+    found = SimpleNamespace(**profiles[profile])
+    vars(found).update({name: value for name, value in given.items() if value is not None})
+    if getattr(found, "ratio", None) is not None:
+        found.ratios = listed(found.ratio)
+    first = getattr(found, "seed", 0)
+    found.seeds = list(range(first, first + getattr(found, "seeds", 1)))
+    return found
+
+
+def listed(value: Any, kind: Callable[[Any], Any] = float) -> list[Any]:
+    """A value, a list or text with commas ("2, 4, 8") as a list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    parts = parts if isinstance(parts, list | tuple) else [parts]
+    return [kind(part.strip() if isinstance(part, str) else part) for part in parts]
+
+
+def load(dataset: str, profile: str = "full", image_size: int | None = None, **source: Any) -> Bundle:
+    """`tdlib.data.load`; the quick profile brings large images to a side of 32 unless told otherwise."""
+    data = tdlib.data.load(dataset, image_size=image_size, **source)
+    if profile == "quick" and image_size is None and data.input_shape[1] > 48:
+        data = tdlib.data.load(dataset, image_size=32, **source)
+    return data
