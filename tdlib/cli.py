@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from tdlib.commands import book, compress, network, sweep
+from tdlib.commands import compress, network
 from tdlib.commands.common import DebugOption, debugging, error_line, exit_code, reset
 
 EXAMPLES = """Compress neural networks by tensor decompositions.
@@ -70,21 +70,10 @@ def main(debug: DebugOption = False) -> None:
     """Options before the command."""
 
 
-NEED_ARGUMENTS = (compress.compress, network.count, network.plan, network.compare, book.run, sweep.sweep)
+NEED_ARGUMENTS = (compress.compress, network.count, network.plan, network.compare)
 
-for command in (
-    book.methods,
-    book.chapters,
-    book.run,
-    compress.compress,
-    network.compare,
-    network.count,
-    network.plan,
-    book.records,
-    sweep.sweep,
-):
-    kind = book.PairCommand if command is book.run else None
-    app.command(cls=kind, no_args_is_help=command in NEED_ARGUMENTS)(command)
+for command in (network.methods, *NEED_ARGUMENTS):
+    app.command(no_args_is_help=command in NEED_ARGUMENTS)(command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Look at networks: ``tdlib count``, ``tdlib plan``, ``tdlib compare``."""
+"""Look at networks and methods: ``tdlib methods``, ``tdlib count``, ``tdlib plan``, ``tdlib compare``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ WeightsOption = Annotated[
     str | None, typer.Option(help="Weights of a model given by name: a file or torchvision's name.")
 ]
 ByOption = Annotated[str, typer.Option(help="What the ratio counts: params or macs.")]
+
+
+def methods(as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """The compression methods: paper, what each needs, formats.
+
+    \b
+    Examples:
+      tdlib methods
+    """
+    from tdlib.methods import available
+
+    frame = available()
+    if as_json:
+        typer.echo(frame.to_json(orient="index"))
+        return
+    for name, row in frame.iterrows():
+        typer.echo(f"{name}")
+        for column, value in row.items():
+            typer.echo(f"  {column:<9} {'yes' if value is True else 'no' if value is False else value}")
 
 
 def count(

@@ -1,6 +1,5 @@
-"""A folder as a user has it: images, arrays, a trained network, a grid, and a book of one short chapter."""
+"""A folder as a user has it: images, arrays, a trained network."""
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -8,16 +7,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tdlib
-from tdlib import chapters
-
-PARAMETERS = "dataset = 'digits'\nmodel = 'cnn'\nprofile = 'quick'\ndata_dir = None\nseed = 0\ndevice = 'cpu'"
-BODY = """
-import tdlib
-data = tdlib.data.load(dataset, data_dir)
-tdlib.record("primer", {"dataset": dataset, "seed": seed}, {"classes": len(data.classes)})
-print("seed", seed, "classes", len(data.classes))
-"""
-GRID = "demo:\n  chapter: primer\n  base: {profile: quick}\n  grid: {seed: [0, 1]}\n"
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +25,6 @@ def made(tmp_path_factory):
     np.savez(
         folder / "scans.npz", train_images=scans, train_labels=labels, test_images=scans, test_labels=labels
     )
-    (folder / "grid.yaml").write_text(GRID)
     data = tdlib.data.load(f"imagefolder:{folder / 'photos'}")
     torch.manual_seed(0)
     dense = tdlib.models.build("cnn", data.classes, input_shape=data.input_shape)
@@ -48,25 +36,13 @@ def made(tmp_path_factory):
     )
     foreign = tdlib.models.build("cnn", 5, input_shape=data.input_shape)
     save_file(foreign.state_dict(), folder / "five.safetensors")
-    notebooks = folder / "notebooks"
-    notebooks.mkdir()
-    nb = nbformat.v4.new_notebook(
-        cells=[
-            nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell(BODY),
-        ]
-    )
-    nb.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    nbformat.write(nb, notebooks / "primer.ipynb")
     return folder
 
 
 @pytest.fixture
 def user(made, tmp_path, monkeypatch):
-    """A fresh working directory with links to what ``made`` made; chapters are its own."""
+    """A fresh working directory with links to what ``made`` made."""
     for path in made.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chapters, "NOTEBOOKS", made / "notebooks")
-    monkeypatch.setenv("TDLIB_RECORDS", str(tmp_path / "records"))
     return tmp_path

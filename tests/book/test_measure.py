@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tdlib
-from tdlib import plots_which
-from tdlib.methods.measure import CountedBundle, describe, measure
+from tdbook.figures import which
+from tdbook.measure import CountedBundle, describe, measure
 
 QUIET = {"device": "cpu", "progress": False, "batch_size": 16}
 
@@ -63,13 +63,13 @@ def rows():
 
 
 def test_front_keeps_what_nothing_beats():
-    front = plots_which.pareto_front(rows(), "params")
+    front = which.pareto_front(rows(), "params")
     assert list(front["accuracy"]) == [90.0, 90.5] and list(front["params"]) == [24, 45]
-    assert list(plots_which.pareto_front(rows().iloc[[1]], "params")["name"]) == ["aware"]
+    assert list(which.pareto_front(rows().iloc[[1]], "params")["name"]) == ["aware"]
 
 
 def test_decision_prefers_the_faster_of_equals_and_respects_what_is_there():
-    table = plots_which.decide(rows(), validated=100, short=5)
+    table = which.decide(rows(), validated=100, short=5)
     assert table.loc["the trained network alone", "2×"].startswith("plain")
     assert table.loc["some inputs, no labels", "2×"] == "aware: 90.0 % (-1.0)"
     assert table.loc["the training set, time to train", "2×"].startswith(
@@ -77,20 +77,21 @@ def test_decision_prefers_the_faster_of_equals_and_respects_what_is_there():
     )  # 0.5 points: within the error
     assert table.loc["the training set, time to train", "4×"].startswith("long")
     assert table.loc["the training set, a few epochs", "4×"].startswith("aware")
-    exact = plots_which.decide(rows(), validated=10**8, short=5)
+    exact = which.decide(rows(), validated=10**8, short=5)
     assert exact.loc["the training set, time to train", "2×"].startswith("long")
-    assert plots_which.decide(rows().iloc[[2, 5]], validated=0, short=5).iloc[0, 0] == "–"
+    assert which.decide(rows().iloc[[2, 5]], validated=0, short=5).iloc[0, 0] == "–"
 
 
 def test_tables_and_figures_show_every_row():
     table, dense = rows(), {"params": 100, "macs": 1000, "accuracy": 91.0}
-    side = plots_which.side_by_side(table)
+    side = which.side_by_side(table)
     assert list(side.index) == ["plain", "aware", "long"]
     assert (
         side[("4×", "accuracy")].tolist() == [20.0, 70.0, 90.0] and side[("asks", "labels")]["long"] == "yes"
     )
-    for figure in (plots_which.pareto(table, dense, 50), plots_which.error_against_time(table, dense, 50)):
-        drawn = [line for ax in figure.axes for line in ax.get_lines()]
-        values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in drawn])
+    for figure in (which.pareto(table, dense, 50), which.error_against_time(table, dense, 50)):
+        lines = [line.get_ydata() for ax in figure.axes for line in ax.get_lines()]
+        points = [dots.get_offsets()[:, 1] for ax in figure.axes for dots in ax.collections]
+        values = np.concatenate([np.asarray(column, dtype=float) for column in lines + points])
         assert {50.0, 10.0, 9.5, 80.0, 30.0} <= set(values.round(6))
         assert {ax.get_ylim() for ax in figure.axes} == {figure.axes[0].get_ylim()}
