@@ -9,7 +9,7 @@ INDEX := book/_build/html/index.html
 # Settings for the chapters, handed to Snakemake only where given.
 CONFIG := profile=$(PROFILE) $(if $(CHAPTERS),chapters=$(CHAPTERS)) $(if $(DEVICE),device=$(DEVICE)) \
   $(if $(DATASET),dataset=$(DATASET)) $(if $(MODEL),model=$(MODEL)) $(if $(DATA_DIR),data_dir=$(DATA_DIR)) \
-  $(if $(SEED),seed=$(SEED))
+  $(if $(SEED),seed=$(SEED)) $(if $(JOBS),jobs=$(JOBS))
 SNAKEMAKE = $(BIN)/python -m snakemake --cores $(CORES) --quiet rules progress host --keep-going --rerun-incomplete --nolock
 
 .PHONY: help book test browser sweep bench clean
@@ -17,7 +17,7 @@ help:
 	@echo "make book     build the book with the quick profile; prints where it is"
 	@echo "make test     lint, types and tests"
 	@echo "make browser  open every page of the built book in headless Chromium"
-	@echo "make sweep SWEEP=name   run a grid of book/sweeps.yml and collect its table"
+	@echo "make sweep SWEEP=name   run a grid of book/sweeps.yml and collect its table (JOBS=8: eight cells at a time)"
 	@echo "make bench    measure tdlib against its peers (most of an hour on a quiet core; BENCH=--quick: minutes)"
 	@echo "make clean    remove what make book built (not .venv)"
 
@@ -36,7 +36,7 @@ $(VENV)/.test: $(VENV)/.book
 
 book: $(VENV)/.book
 	@rm -rf book/_build/failed
-	@$(SNAKEMAKE) book --config $(CONFIG) || { $(BIN)/python -m tdlib.chapters failures; \
+	@$(SNAKEMAKE) book --config $(CONFIG) || { $(BIN)/python -m tdbook failures; \
 	  echo "make book failed (see above)" >&2; exit 1; }
 	@echo "The book: $(CURDIR)/$(INDEX)"
 
@@ -46,7 +46,7 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 browser: $(VENV)/.test
-	$(BIN)/python -m pytest -q -p no:xdist tests/browser/test_book.py
+	$(BIN)/python -m pytest -q -p no:xdist tests/book/browser/test_book.py
 
 sweep: $(VENV)/.book
 	@$(SNAKEMAKE) sweep --config $(CONFIG) $(if $(SWEEP),sweep=$(SWEEP))

@@ -5,29 +5,38 @@
     snakemake --cores 2 sweep --config sweep=admm_tt_ratio
     snakemake --profile profiles/slurm ...               the same rules as SLURM jobs
 
-Any key of PARAMETERS given by --config is handed to the notebooks that declare it. A job is repeated
-when its notebook, the library or its parameters changed, and not otherwise.
+Keys of PARAMETERS given by --config go to the notebooks that declare them; jobs=8 runs eight side by side, not two.
+A job is repeated when its notebook, parameters, the library or what it imports of tdbook changed, and not otherwise.
 """
 import json
+import os
 import shlex
 import sys
+from glob import glob
 from itertools import product
 from pathlib import Path
 
 import yaml
 
+from tdbook.chapters import sources
+
 BUILD, SWEEPS = "book/_build", "runs/sweeps"
 PARAMETERS = ("profile", "dataset", "model", "data_dir", "seed", "device")
 ALL = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 CHAPTERS = str(config["chapters"]).split(",") if "chapters" in config else ALL
-LIBRARY = sorted(str(p) for p in Path("tdlib").rglob("*.py") if p.name not in ("pages.py", "cli.py"))
-PAGES = sorted(str(p) for p in Path("book").glob("*.*") if p.is_file()) + sorted(
-    str(p) for folder in ("images", "results", "static") for p in Path("book", folder).rglob("*") if p.is_file()) + sorted(
-    str(p) for p in Path("benchmarks").glob("*.json"))
+LIBRARY = sorted(map(str, Path("tdlib").rglob("*.py")))
+PAPERS = sorted(glob("book/papers/*.yml"))
+TEXTS = ("*.*", "images/*", "papers/*.yml", "results/*", "static/*", "tdbook/**/*.py", "../benchmarks/*.json")
+PAGES = sorted(os.path.normpath(p) for pattern in TEXTS for p in Path("book").glob(pattern))
 PYTHON = shlex.quote(sys.executable)
 JUPYTER_BOOK = shlex.quote(str(Path(sys.executable).with_name("jupyter-book")))
 GIVEN = {"profile": "quick"} | {k: config[k] for k in PARAMETERS if config.get(k) not in (None, "")}
-SHARE = max(1, (workflow.cores or 8) // 2)  # threads of a chapter: two run side by side
+SHARE = max(1, (workflow.cores or 8) // int(config.get("jobs", 2)))  # threads of a chapter
+
+
+def code(chapter):
+    """What a chapter runs on beside its notebook: the library, and the modules of tdbook that it imports."""
+    return LIBRARY + sources(f"notebooks/{chapter}.ipynb", "book/tdbook")
 
 
 def arguments(values):
@@ -42,10 +51,8 @@ def cells(sweep):
     return {"_".join(f"{k}-{v}" for k, v in row.items()).replace("/", "-"): GIVEN | sweep.get("base", {}) | row for row in rows}
 
 
-SWEEP_FILE = config.get("sweeps", "book/sweeps.yml")
-SPECS = yaml.safe_load(Path(SWEEP_FILE).read_text()) or {}
+SPECS = yaml.safe_load(Path(config.get("sweeps", "book/sweeps.yml")).read_text()) or {}
 GRIDS = {name: cells(sweep) for name, sweep in SPECS.items()}
-
 
 wildcard_constraints:
     chapter="|".join(ALL),
@@ -55,37 +62,38 @@ wildcard_constraints:
 rule book:
     input:
         chapters=expand(BUILD + "/executed/{chapter}.ipynb", chapter=CHAPTERS),
-        library=[*LIBRARY, "tdlib/pages.py"], pages=PAGES, config="_config.yml",
+        library=LIBRARY, pages=PAGES, config="_config.yml",
     output: BUILD + "/html/index.html",
     shell:
-        PYTHON + " -m tdlib.chapters stage && "
+        PYTHON + " -m tdbook stage && "
         + JUPYTER_BOOK + " build {BUILD}/src --path-output book -q -W -n --keep-going"
 
 
 rule chapter:
-    input: notebook="notebooks/{chapter}.ipynb", library=LIBRARY,
+    input: notebook="notebooks/{chapter}.ipynb", code=lambda w: code(w.chapter), papers=PAPERS,
+        records=lambda w: sorted(glob(f"book/results/{w.chapter}-*.json")),
     output: BUILD + "/executed/{chapter}.ipynb",
     params: given=arguments(GIVEN),
     threads: SHARE
     shell:
-        "OMP_NUM_THREADS={threads} " + PYTHON + " -m tdlib.chapters run {input.notebook:q} --output {output:q} "
+        "OMP_NUM_THREADS={threads} " + PYTHON + " -m tdbook run {input.notebook:q} --output {output:q} "
         "--failed {BUILD}/failed --records {BUILD}/records/{wildcards.chapter} {params.given}"
 
 
 rule sweep_cell:
-    input: notebook=lambda w: f"notebooks/{SPECS[w.sweep]['chapter']}.ipynb", library=LIBRARY,
+    input: notebook=lambda w: f"notebooks/{SPECS[w.sweep]['chapter']}.ipynb", code=lambda w: code(SPECS[w.sweep]["chapter"]),
     output: SWEEPS + "/{sweep}/{cell}.ipynb",
     params: given=lambda w: arguments(GRIDS[w.sweep][w.cell]),
     threads: SHARE
     shell:
-        "OMP_NUM_THREADS={threads} " + PYTHON + " -m tdlib.chapters run {input.notebook:q} --output {output:q} "
+        "OMP_NUM_THREADS={threads} " + PYTHON + " -m tdbook run {input.notebook:q} --output {output:q} "
         "--failed {SWEEPS}/failed --records {SWEEPS}/{wildcards.sweep:q}/{wildcards.cell:q} {params.given}"
 
 
 rule sweep_table:
     input: lambda w: [f"{SWEEPS}/{w.sweep}/{cell}.ipynb" for cell in GRIDS[w.sweep]],
     output: SWEEPS + "/{sweep}.csv",
-    shell: PYTHON + " -m tdlib.chapters collect {input:q} --table {output:q}"
+    shell: PYTHON + " -m tdbook collect {input:q} --table {output:q}"
 
 
 rule sweep:

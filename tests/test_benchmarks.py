@@ -86,7 +86,7 @@ def test_cp_is_stopped_at_the_peers_error():
 
 
 def test_the_committed_results_are_of_full_runs_and_on_the_page():
-    from tdlib import pages
+    from tdbook import pages
 
     results = json.loads(RESULTS.read_text())
     assert set(results["machines"]) <= set(TOPICS) and not any(

@@ -50,10 +50,19 @@ def mark(size: int) -> Image.Image:
 
 
 def front_picture() -> None:
-    """The README's picture: the primer's error-against-size curves, made by the library."""
-    from tdlib import primer
+    """The README's picture: error against ratio for a kernel of a network trained on the digits."""
+    import torch
 
-    primer.front_figure().savefig(HERE / "front.png", metadata={"Software": None})
+    import tdlib
+    from tdbook.figures import primer
+
+    data = tdlib.data.load("digits", seed=0)
+    torch.manual_seed(0)
+    model = tdlib.models.build("cnn", data.classes, input_shape=data.input_shape)
+    tdlib.train.fit(model, data, epochs=20, lr=0.1, weight_decay=1e-2, batch_size=64, seed=0, progress=False)
+    _, weight = primer.largest_kernel(model)
+    figure = primer.error_figure(primer.error_curves(weight), "A trained 64×64×3×3 kernel in four formats")
+    figure.savefig(HERE / "front.png", bbox_inches="tight", metadata={"Software": None})
 
 
 if __name__ == "__main__":

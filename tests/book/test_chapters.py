@@ -9,7 +9,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tdlib import chapters
+from tdbook import chapters
+from tdbook.__main__ import main
+from tdbook.paths import ROOT
 from tdlib.errors import TdlibError, UnknownName
 
 
@@ -36,7 +38,7 @@ def test_two_equal_runs_give_identical_files(tmp_path):
 
 def test_a_failing_chapter_names_itself_and_keeps_its_partial_notebook(tmp_path, capsys):
     source = write(tmp_path / "broken.ipynb", "n = 1", "print('reached')", "raise RuntimeError('no luck')")
-    status = chapters.main(
+    status = main(
         ["run", str(source), "--output", str(tmp_path / "out.ipynb"), "--failed", str(tmp_path / "failed")]
     )
     assert status == 1
@@ -62,6 +64,23 @@ def test_unknown_chapters_and_parameters_are_refused_before_running(tmp_path):
         chapters.execute(source, tmp_path / "out.ipynb", {"sed": 3})
     with pytest.raises(UnknownName, match="primer"):
         chapters.notebook("prime")
+
+
+def test_sources_are_what_a_notebook_imports_directly_or_not(tmp_path):
+    package = tmp_path / "tdbook"
+    (package / "figures").mkdir(parents=True)
+    texts = {
+        "__init__.py": "", "__init__.pyi": "from .records import record as record", "records.py": "",
+        "style.py": "", "pages.py": "from tdbook import style", "figures/__init__.py": "",
+        "figures/common.py": "def f():\n    from tdbook import style", "figures/other.py": "",
+        "figures/own.py": "import numpy\nfrom tdbook.figures.common import lines",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (package / name).write_text(text)
+    cells = ("n = 1", "if n:\n    %pip install x\nfrom tdbook.figures import own as figures")
+    found = chapters.sources(write(tmp_path / "a.ipynb", *cells), package)
+    left = {"pages.py", "figures/other.py"}
+    assert found == sorted(str(package / name) for name in set(texts) - left)
 
 
 def test_clean_joins_streams_and_resolves_carriage_returns():
@@ -124,9 +143,9 @@ def test_only_the_first_process_of_a_launch_writes(tmp_path, monkeypatch):
 
 def test_kernels_side_by_side_do_not_meet(tmp_path):
     source = write(tmp_path / "a.ipynb", "n = 0", "import time\ntime.sleep(2)\nprint(n)")
-    command = [sys.executable, "-m", "tdlib.chapters", "run", str(source), "--failed", str(tmp_path)]
+    command = [sys.executable, "-m", "tdbook", "run", str(source), "--failed", str(tmp_path)]
     each = [["--output", str(tmp_path / f"{n}.ipynb"), "-p", f"n={n}"] for n in (1, 2)]
-    running = [subprocess.Popen([*command, *own], cwd=chapters.ROOT) for own in each]
+    running = [subprocess.Popen([*command, *own], cwd=ROOT) for own in each]
     assert [process.wait(timeout=300) for process in running] == [0, 0]
     for n in (1, 2):
         nb = nbformat.read(str(tmp_path / f"{n}.ipynb"), as_version=4)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tdlib import claims, papers
+from tdbook import claims, papers
 from tdlib.errors import DataError, UnknownName
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,13 +20,19 @@ def record(seed: int, method: str = "admm", ratio: float = 2.0, **metrics: float
     return {"chapter": "c", "parameters": parameters, "metrics": metrics}
 
 
-def claim(measure: dict, rule: dict | None = None, versus: dict | None = None, **where: object) -> dict:
+def claim(
+    measure: dict, rule: dict | None = None, versus: dict | None = None, **where: object
+) -> claims.Claim:
     source = {"chapter": "c", "where": {"method": "admm", **where}} | ({"versus": versus} if versus else {})
-    return {
+    return claims.Claim.model_validate({
         "id": "x", "paper": "admm-tt", "claim": "something",
         "reported": {"value": 1.0, "unit": "points", "mark": "M"},
         "records": source, "measure": measure, "rule": rule or {"reproduced": 1.0, "partly": 0.0, "seeds": 3},
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def plain(entry: claims.Claim) -> dict:
+    return entry.model_dump(exclude_unset=True)
 
 
 MARGIN = {"kind": "margin", "metric": "acc", "minus": "dense"}
@@ -76,7 +82,7 @@ def test_a_list_in_where_means_any_of_them_and_missing_metrics_measure_nothing()
 
 def test_the_ledger_holds_no_verdict_and_every_claim_can_be_judged() -> None:
     ledger = claims.load_claims(LEDGER)
-    assert ledger and not any("verdict" in entry for entry in ledger)
+    assert ledger and "verdict" not in claims.Claim.model_fields
     assert {found.verdict for found in claims.judge_all(ledger, [])} == {"not run yet"}
 
 
@@ -85,7 +91,7 @@ def test_status_table_has_one_row_per_claim_and_marks_unverified_figures() -> No
     lines = claims.status_markdown(claims.judge_all(ledger, [])).splitlines()
     assert len(lines) == 2 + len(ledger)
     for line, entry in zip(lines[2:], ledger, strict=True):
-        assert ("unverified" in line) == (entry["reported"]["mark"] == "M")
+        assert ("unverified" in line) == (entry.reported.mark == "M")
 
 
 @pytest.mark.parametrize(
@@ -103,14 +109,14 @@ def test_status_table_has_one_row_per_claim_and_marks_unverified_figures() -> No
 )
 def test_wrong_ledgers_are_refused(tmp_path: Path, change: dict, message: str) -> None:
     path = tmp_path / "claims.yml"
-    path.write_text(yaml.safe_dump({"claims": [claim(MARGIN) | change]}))
+    path.write_text(yaml.safe_dump({"claims": [plain(claim(MARGIN)) | change]}))
     with pytest.raises(DataError, match=message):
         claims.load_claims(path)
 
 
 def test_a_repeated_id_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "claims.yml"
-    path.write_text(yaml.safe_dump({"claims": [claim(MARGIN)] * 2}))
+    path.write_text(yaml.safe_dump({"claims": [plain(claim(MARGIN))] * 2}))
     with pytest.raises(DataError, match="twice"):
         claims.load_claims(path)
     with pytest.raises(DataError, match="cannot read"):
@@ -135,6 +141,6 @@ def test_papers_print_their_marks() -> None:
 @pytest.mark.parametrize("key", papers.available())
 def test_every_paper_has_a_bibliography_key_and_printable_tables(key: str) -> None:
     paper = papers.load(key)
-    assert re.fullmatch(r"[a-z]+\d{4}\w+", paper["cite"])
-    for name in paper["tables"]:
+    assert re.fullmatch(r"[a-z]+\d{4}\w+", paper.cite)
+    for name in paper.tables:
         assert papers.markdown(key, name).startswith("*")

@@ -1,12 +1,15 @@
 """pyproject.toml, constraints.txt and environment.yml describe one environment."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 
 import yaml
+from packaging.requirements import Requirement
 
-from tdlib.chapters import ROOT
+from tdbook.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -21,25 +24,54 @@ def pins():
     return {normal(line.split("==")[0]): line.split("==")[1] for line in lines if line}
 
 
-def test_every_declared_dependency_is_pinned():
-    declared = [
-        *PROJECT["dependencies"],
-        *(d for extra in PROJECT["optional-dependencies"].values() for d in extra),
-    ]
-    names = {normal(re.match(r"[A-Za-z0-9_.-]+", d)[0]) for d in declared}
-    assert names <= set(pins())
+def declared():
+    """Requirements of the package and of its extras, other than extras that name another one of them."""
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    found = [Requirement(text) for group in groups for text in group]
+    for extras in (requirement.extras for requirement in found if requirement.name == "tdlib"):
+        assert extras <= set(PROJECT["optional-dependencies"])
+    return [requirement for requirement in found if requirement.name != "tdlib"]
 
 
-def test_pins_lie_within_the_declared_ranges():
-    from packaging.requirements import Requirement
-
+def test_every_declared_dependency_is_pinned_within_its_range():
     pinned = pins()
-    for text in [
-        *PROJECT["dependencies"],
-        *(d for e in PROJECT["optional-dependencies"].values() for d in e),
-    ]:
-        requirement = Requirement(text)
-        assert requirement.specifier.contains(pinned[normal(requirement.name)], prereleases=True), text
+    for requirement in declared():
+        pin = pinned[normal(requirement.name)]
+        assert requirement.specifier.contains(pin, prereleases=True), requirement
+
+
+def test_the_readme_explains_every_dependency():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What it stands on")[1]
+    rows = "\n".join(line for line in table.splitlines() if line.startswith("|"))
+    tools = {"ipykernel", "nbformat", "pytest-xdist"}  # what papermill and pytest bring with them
+    for requirement in declared():
+        assert normal(requirement.name) in tools | {normal(word) for word in re.findall(r"[\w-]+", rows)}
+
+
+#: What only training, the methods or the book may import.
+EXTRA = "accelerate pandas sklearn matplotlib seaborn pydantic yaml tabulate papermill nbformat".split()
+BASE = f"""
+import sys
+sys.modules |= dict.fromkeys({EXTRA!r})
+import torch, tdlib
+model = tdlib.models.build("cnn", 10, input_shape=(1, 8, 8))
+plan = tdlib.plan(model, (1, 8, 8), format="tucker2", ratio=2.0)
+small = tdlib.decompose(model, plan)
+print(plan, tdlib.compare(model, small, (1, 8, 8), repeats=1))
+tdlib.save(small, "small.safetensors")
+assert tdlib.load("small.safetensors")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+assert not [name for name in sys.modules if name.startswith("tdbook")]
+"""
+
+
+def test_the_library_without_extras_plans_decomposes_and_saves(tmp_path):
+    done = subprocess.run([sys.executable, "-c", BASE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_library_never_imports_the_book():
+    for path in (ROOT / "tdlib").rglob("*.py"):
+        assert "tdbook" not in path.read_text(encoding="utf-8"), path
 
 
 def test_pins_name_no_place():

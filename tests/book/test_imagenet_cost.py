@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from tdlib import imagenet_cost
+from tdbook import imagenet_cost
+from tdbook.paths import ROOT
 from tdlib.errors import DataError
-from tdlib.imagenet_cost import ROOT
 
 
 def row(topic, name, ratio, speed):

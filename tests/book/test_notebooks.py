@@ -4,9 +4,9 @@ import nbformat
 import pytest
 import yaml
 
-from tdlib import chapters
+from tdbook import chapters, paths
 
-NOTEBOOKS = sorted(chapters.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 FIRST = ["dataset", "model", "profile", "data_dir", "seed", "device"]
 
 
@@ -21,7 +21,7 @@ def test_committed_without_outputs_and_noise(path):
     assert "papermill" not in nb.metadata
     before = path.read_text(encoding="utf-8")
     clean = nbformat.writes(chapters.clean(nb, outputs=False))
-    assert clean.rstrip() == before.rstrip(), "run: python -m tdlib.chapters strip"
+    assert clean.rstrip() == before.rstrip(), "run: python -m tdbook strip"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -45,9 +45,9 @@ def test_starts_with_a_title(path):
 
 
 def test_table_of_contents_and_map_name_the_same_chapters():
-    toc = yaml.safe_load((chapters.ROOT / "book" / "_toc.yml").read_text())
+    toc = yaml.safe_load((paths.ROOT / "book" / "_toc.yml").read_text())
     files = [row["file"] for part in toc["parts"] for row in part["chapters"]]
     listed = [name.removeprefix("notebooks/") for name in files if name.startswith("notebooks/")]
     assert sorted(listed) == chapters.names()
-    rows = yaml.safe_load((chapters.ROOT / "book" / "map.yml").read_text())
+    rows = yaml.safe_load((paths.ROOT / "book" / "map.yml").read_text())
     assert list(rows) == listed

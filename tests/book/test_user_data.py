@@ -1,18 +1,22 @@
-"""Every chapter runs on a user's own images: a folder of colour files and a file of grey arrays."""
+"""Every chapter runs on a user's own images: a folder of colour files or a file of grey arrays."""
 
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
 
-from tdlib import chapters
+from tdbook import chapters
 
-CHAPTERS = ("primer", "admm_tt", "iterative", "rstd", "distribution_aware", "which_method")
+#: Every chapter, and the kind of data that it is given: half of them colour files, half grey arrays.
+CHAPTERS = {
+    "primer": "arrays", "admm_tt": "folder", "iterative": "arrays", "rstd": "folder",
+    "distribution_aware": "arrays", "which_method": "folder",
+}  # fmt: skip
 #: Values that make a chapter short, by parameter; a chapter gets those that it declares.
 SHORT = {
     "model": "cnn", "seed": 1, "device": "cpu", "ratio": "2", "ratios": "2", "batch_size": 8, "epochs": 1,
     "dense_epochs": 1, "finetune_epochs": 1, "final_epochs": 1, "extras": False, "scratch": False,
-    "samples": 24,    "seeds": 1, "calibration_images": 24,
+    "samples": 24, "seeds": 1, "calibration_images": 24,
 }  # fmt: skip
 
 
@@ -43,8 +47,7 @@ def arrays(tmp_path_factory):
     return f"npz:{path}"
 
 
-@pytest.mark.parametrize("kind", ["folder", "arrays"])
-@pytest.mark.parametrize("chapter", CHAPTERS)
+@pytest.mark.parametrize(("chapter", "kind"), CHAPTERS.items())
 def test_chapter_runs_on_own_data(chapter, kind, request, tmp_path, monkeypatch):
     monkeypatch.setenv("TDLIB_RECORDS", str(tmp_path / "records"))
     source = chapters.notebook(chapter)
@@ -56,10 +59,9 @@ def test_chapter_runs_on_own_data(chapter, kind, request, tmp_path, monkeypatch)
     chapters.execute(source, out, given, failed=tmp_path / "failed", timeout=240)
     cells = [cell for cell in nbformat.read(out, 4).cells if cell.cell_type == "code"]
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
-    classes = {"folder": "3 classes", "arrays": "4 classes"}[kind]
     text = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
     if chapter == "which_method":
-        assert classes in text
+        assert "3 classes" in text
 
 
 def test_every_chapter_is_tested():

@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
-from tdlib import chapters
-from tdlib.chapters import ROOT
+from tdbook import chapters
+from tdbook.paths import ROOT
 
 
 def snakemake(*arguments, folder=ROOT):
@@ -74,8 +74,7 @@ def small_book(tmp_path):
         "grid:\n  chapter: good\n  grid: {seed: [1, 2], profile: [quick]}\n"
     )
     (tmp_path / "_config.yml").write_text("")
-    (tmp_path / "tdlib" / "pages.py").write_text("")
-    record = "import tdlib\ntdlib.record('good', {'seed': seed}, {'twice': 2 * seed})"
+    record = "import tdbook\ntdbook.record('good', {'seed': seed}, {'twice': 2 * seed})"
     for name, body in {"good": record, "bad": "print('so far')\nraise ValueError('not today')"}.items():
         nb = new_notebook(cells=[new_code_cell("profile = 'quick'\nseed = 0"), new_code_cell(body)])
         nb.cells[0].metadata["tags"] = ["parameters"]
@@ -85,7 +84,7 @@ def small_book(tmp_path):
 
 
 def test_one_failing_chapter_fails_the_run_after_the_others_ran(small_book, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'book'}")
     executed = small_book / "book" / "_build" / "executed"
     done = snakemake("--cores", "1", "--keep-going", "book", folder=small_book)
     assert done.returncode != 0
@@ -98,8 +97,44 @@ def test_one_failing_chapter_fails_the_run_after_the_others_ran(small_book, monk
     assert again.returncode == 0 and (executed / "good.ipynb").stat().st_mtime_ns == before
 
 
+def test_a_chapters_figure_executes_that_chapter_alone_and_a_shared_one_all(small_book):
+    """Which chapters a dry run would execute after a file has changed."""
+    import nbformat
+
+    figures = small_book / "book" / "tdbook" / "figures"
+    figures.mkdir(parents=True)
+    executed = small_book / "book" / "_build" / "executed"
+    executed.mkdir(parents=True)
+    (figures / "common.py").write_text("")
+    (figures.parent / "pages.py").write_text("")
+    targets = []
+    for name in ("good", "bad"):
+        (figures / f"{name}.py").write_text("from tdbook.figures import common")
+        path = small_book / "notebooks" / f"{name}.ipynb"
+        nb = nbformat.read(path, 4)
+        nb.cells[1].source = f"from tdbook.figures import {name} as figures"
+        nbformat.write(nb, path)
+        nbformat.write(nb, executed / f"{name}.ipynb")
+        targets.append(f"book/_build/executed/{name}.ipynb")
+    assert snakemake("--touch", "--cores", "1", *targets, folder=small_book).returncode == 0
+
+    def executes_after(*place):
+        path = small_book.joinpath(*place)
+        before = path.read_text()
+        path.write_text(before + "\n# changed\n")
+        done = snakemake("-n", "--cores", "1", *targets, folder=small_book)
+        path.write_text(before)
+        assert snakemake("--touch", "--cores", "1", *targets, folder=small_book).returncode == 0
+        output = done.stdout + done.stderr
+        return [n for n in ("good", "bad") if f"output: book/_build/executed/{n}.ipynb" in output]
+
+    assert executes_after("book", "tdbook", "figures", "good.py") == ["good"]
+    assert executes_after("book", "tdbook", "figures", "common.py") == ["good", "bad"]
+    assert executes_after("book", "tdbook", "pages.py") == []
+
+
 def test_a_sweep_runs_every_cell_and_joins_the_records(small_book, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'book'}")
     done = snakemake("--cores", "1", "sweep", folder=small_book)
     assert done.returncode == 0, done.stderr
     lines = (small_book / "runs" / "sweeps" / "grid.csv").read_text().splitlines()

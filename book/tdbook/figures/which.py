@@ -1,4 +1,4 @@
-"""The tables and figures of the chapter "Which method when": rows of ``tdlib.methods.measure`` in."""
+"""The tables and figures of the chapter "Which method when": rows of `tdbook.measure` in."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
+import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from .plots import CYCLE, new, styled
-
-MARKERS = "osD^vPX*"
+from tdbook import style
+from tdbook.figures.common import closed, plain_ticks, reference
 
 #: What a reader may have -> which rows are open to him: (training images, labels).
 SITUATIONS: dict[str, Any] = {
@@ -44,71 +42,49 @@ def pareto(table: pd.DataFrame, dense: Mapping[str, float], tested: int, by: str
 
     table: columns name, params, macs, accuracy. dense: the same of the dense network. tested: test inputs.
     """
-    fig, axes = new(1, 2, size=(9.6, 3.8), sharey=True)
-    floor = error_floor(tested)
-    with styled():
-        for ax, cost, text in zip(axes[0], ("params", "macs"), ("parameters", "MACs"), strict=True):
-            scaled = table.assign(**{cost: table[cost] / dense[cost]})
-            front = pareto_front(scaled, cost)
-            ax.step(
-                front[cost], _error(front, floor), where="post", color="#999999", lw=6, alpha=0.35, zorder=1
-            )
-            for position, (name, rows) in enumerate(scaled.groupby(by, sort=False)):
-                rows = rows.sort_values(cost)
-                ax.plot(rows[cost], _error(rows, floor), lw=0.8, label=name, **_mark(position))
-            ax.axhline(max(100 - dense["accuracy"], floor), color="#555555", ls="--", lw=1, label="dense")
-            ax.set(xlabel=f"{text} (dense = 1)", xscale="log", yscale="log")
-            _plain_ticks(ax, "x", scaled[cost])
-            _plain_ticks(ax, "y", pd.concat([_error(scaled, floor), pd.Series([100 - dense["accuracy"]])]))
-        axes[0][0].set(ylabel="test error (%)")
-        axes[0][1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return fig
+    costs, floor = {"params": "parameters", "macs": "MACs"}, error_floor(tested)
+    scaled = table.assign(error=_error(table, floor), **{cost: table[cost] / dense[cost] for cost in costs})
+    tidy = scaled.melt([by, "error"], list(costs), "cost", "share").replace({"cost": costs})
+    grid = sns.relplot(tidy, x="share", y="error", col="cost", kind="line", markers=True, dashes=False,
+                       lw=0.8, height=3.6, aspect=1.1, facet_kws={"sharex": False}, **_marks(tidy, by),
+                       )  # fmt: skip
+    for ax, cost in zip(grid.axes[0], costs, strict=True):
+        front = pareto_front(scaled, cost)
+        ax.step(front[cost], front["error"], where="post", color=style.GREY, lw=6, alpha=0.35, zorder=1)
+    grid.set_axis_labels("cost (dense = 1)", "test error (%)")
+    return _finished(grid, max(100 - dense["accuracy"], floor))
 
 
 def error_against_time(
     table: pd.DataFrame, dense: Mapping[str, float], tested: int, by: str = "name"
 ) -> Figure:
     """Test error (log) against seconds spent (log); one panel per ratio."""
-    ratios, floor = sorted(table["ratio"].unique()), error_floor(tested)
-    fig, axes = new(1, len(ratios), size=(3.2 * len(ratios) + 1.8, 3.4), sharey=True, sharex=True)
-    with styled():
-        for ax, ratio in zip(axes[0], ratios, strict=True):
-            for position, (name, rows) in enumerate(table.groupby(by, sort=False)):
-                rows = rows[rows["ratio"] == ratio]
-                ax.plot(
-                    rows["seconds"].clip(lower=0.01),
-                    _error(rows, floor),
-                    ls="",
-                    label=name,
-                    **_mark(position),
-                )
-            ax.axhline(max(100 - dense["accuracy"], floor), color="#555555", ls="--", lw=1, label="dense")
-            ax.set(xlabel="seconds", title=f"{ratio:g}×", xscale="log", yscale="log")
-        _plain_ticks(axes[0][0], "x", table["seconds"].clip(lower=0.01))
-        _plain_ticks(axes[0][0], "y", _error(table, floor))
-        axes[0][0].set_ylabel("test error (%)")
-        axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return fig
+    floor = error_floor(tested)
+    tidy = table.assign(error=_error(table, floor), seconds=table["seconds"].clip(lower=0.01),
+                        at=table["ratio"].map("{:g}×".format))  # fmt: skip
+    grid = sns.relplot(tidy, x="seconds", y="error", col="at", kind="scatter", s=50, **_marks(tidy, by),
+                       height=3.4, aspect=0.95)  # fmt: skip
+    grid.set_axis_labels("seconds", "test error (%)")
+    return _finished(grid, max(100 - dense["accuracy"], floor))
 
 
 def _error(table: pd.DataFrame, floor: float) -> pd.Series:
     return (100 - table["accuracy"]).clip(lower=floor)
 
 
-def _mark(position: int) -> dict[str, Any]:
-    return {"marker": MARKERS[position % len(MARKERS)], "ms": 6.5, "color": CYCLE[position % len(CYCLE)]}
+def _marks(table: pd.DataFrame, by: str) -> dict[str, Any]:
+    return {"hue": by, "style": by, "palette": style.palette(table[by])}
 
 
-def _plain_ticks(ax: Axes, letter: str, values: pd.Series) -> None:
-    """Ticks at round numbers written out, on a log axis that shows the values with a margin."""
-    low, high = values.min() / 1.15, values.max() * 1.15
-    steps = (1, 2, 5) if high / low < 200 else (1,)
-    places = [m * 10.0**e for e in range(-4, 6) for m in steps]
-    ax.set(**{f"{letter}lim": (low, high)})
-    axis = getattr(ax, f"{letter}axis")
-    axis.set_major_locator(FixedLocator([place for place in places if low <= place <= high]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def _finished(grid: sns.FacetGrid, dense: float) -> Figure:
+    """Log axes with plain numbers, the dense network's error, panels headed by their value."""
+    grid.set_titles("{col_name}").set(xscale="log", yscale="log")
+    grid.legend.set_title("")
+    for ax in grid.axes[0]:
+        reference(ax, dense)
+        plain_ticks(ax.xaxis)
+        plain_ticks(ax.yaxis)
+    return closed(grid.figure)
 
 
 def side_by_side(table: pd.DataFrame, by: str = "name") -> pd.DataFrame:
@@ -152,6 +128,3 @@ def decide(table: pd.DataFrame, validated: int, short: float, by: str = "name") 
             row[f"{ratio:g}×"] = f"{best[by]}: {best['accuracy']:.1f} % ({best['kept']:+.1f})"
         rows[situation] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("you have")
-
-
-__all__ = ["SITUATIONS", "decide", "error_against_time", "pareto", "pareto_front", "side_by_side"]

@@ -1,10 +1,11 @@
-"""Records of runs: one JSON file each, with what is needed to judge and repeat it, checked against a schema.
+"""Records of runs: one JSON file each, with what is needed to judge and repeat it, checked on every way.
 
 ``record`` writes one, ``read_record`` reads one, ``records`` gives a table of a folder of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,63 +15,63 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import jsonschema
+import pandas as pd
 import torch
+from pydantic import Field, field_validator
 
-from .errors import DataError, NonFiniteError
-from .runs import parameter_hash, plain
-from .train.checkpoint import write_atomic
+from tdbook.paths import ROOT
+from tdbook.schema import Strict, Text, validate
+from tdlib.errors import DataError, NonFiniteError
+from tdlib.train.checkpoint import write_atomic
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "torchvision", "tdlib", "tensorly", "numpy", "scipy", "accelerate", "scikit-learn")
 
-_NUMBER_OR_NULL = {"type": ["number", "null"]}
-_TEXT = {"type": "string", "minLength": 1}
-_TABLE = {"type": "array", "items": {"type": "object"}}
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": [
-        "schema", "chapter", "parameters", "metrics", "seed", "git", "versions", "device", "wall_seconds",
-        "data", "created", "scale",
-    ],
-    "properties": {
-        "schema": {"const": SCHEMA_VERSION},
-        "chapter": {"type": "string", "pattern": "^[A-Za-z0-9_.-]+$"},
-        "parameters": {"type": "object"},
-        "metrics": {"type": "object", "minProperties": 1},
-        "seed": {"type": ["integer", "null"]},
-        "git": {
-            "type": ["object", "null"],
-            "required": ["commit", "dirty"],
-            "properties": {
-                "commit": {"type": "string", "pattern": "^[0-9a-f]{40,64}$"},
-                "dirty": {"type": "boolean"},
-            },
-            "additionalProperties": False,
-        },
-        "versions": {
-            "type": "object",
-            "required": ["python", "torch"],
-            "additionalProperties": {"type": "string"},
-        },
-        "device": {
-            "type": "object",
-            "required": ["type", "name"],
-            "properties": {"type": _TEXT, "name": _TEXT, "threads": {"type": "integer"}},
-            "additionalProperties": False,
-        },
-        "wall_seconds": _NUMBER_OR_NULL,
-        "data": {"type": ["string", "null"]},
-        "created": {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"},
-        "scale": {"type": "string", "pattern": "^(quick|full|reduced: .+)$"},
-        "history": {"anyOf": [_TABLE, {"type": "object", "additionalProperties": _TABLE}]},
-        "tables": {"type": "object", "additionalProperties": _TABLE},
-        "notes": {"type": "string"},
-    },
-}  # fmt: skip
+Rows = list[dict[str, Any]]
+
+
+class Git(Strict):
+    """The commit that a run started from; dirty: with changes that are not committed."""
+
+    commit: Annotated[str, Field(pattern="^[0-9a-f]{40,64}$")]
+    dirty: bool
+
+
+class Device(Strict):
+    """What a run ran on; threads: of a CPU."""
+
+    type: Text
+    name: Text
+    threads: int | None = None
+
+
+class Record(Strict):
+    """What a record's file must hold."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    chapter: Annotated[str, Field(pattern="^[A-Za-z0-9_.-]+$")]
+    parameters: dict[str, Any]
+    metrics: Annotated[dict[str, Any], Field(min_length=1)]
+    seed: int | None
+    git: Git | None
+    versions: dict[str, str]
+    device: Device
+    wall_seconds: float | None
+    data: str | None
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    scale: Annotated[str, Field(pattern="^(quick|full|reduced: .+)$")]
+    history: Rows | dict[str, Rows] = Field(default_factory=list)
+    tables: dict[str, Rows] = Field(default_factory=dict)
+    notes: str = ""
+
+    @field_validator("versions")
+    @classmethod
+    def _named(cls, versions: dict[str, str]) -> dict[str, str]:
+        if not {"python", "torch"} <= set(versions):
+            raise ValueError("must name the versions of python and torch")
+        return versions
 
 
 def record(
@@ -144,15 +145,13 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
-def records(directory: str | Path = "book/results", chapter: str | None = None) -> Any:
+def records(directory: str | Path = "book/results", chapter: str | None = None) -> pd.DataFrame:
     """All records under ``directory`` as a pandas DataFrame, oldest first.
 
     One row each: chapter, created, scale, seed, device, commit, dirty, wall_seconds, data, path, then every
     plain parameter and metric under its name (``metric_NAME`` where a parameter has the same name). Tables
     and histories stay in the files, see ``read_record``. Raises DataError for a file that breaks the schema.
     """
-    import pandas
-
     folder = Path(directory)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of records")
@@ -162,25 +161,49 @@ def records(directory: str | Path = "book/results", chapter: str | None = None) 
         if chapter is None or content["chapter"] == chapter:
             rows.append(_row(path, content))
     rows.sort(key=lambda row: (row["created"], row["path"]))
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def check(content: Any, where: str) -> None:
     """Raises DataError or NonFiniteError where ``content`` is no valid record."""
     _refuse_non_finite(content, where)
-    found = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(content), key=lambda e: list(e.path))
-    if found:
-        place = "/".join(str(part) for part in found[0].path) or "the top level"
-        raise DataError(f"{where} breaks the schema at {place}: {found[0].message[:300]}")
+    validate(Record, content, where)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON has it: tables with text keys, lists, text, numbers, None. Raises DataError."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, Path | torch.device | torch.dtype):
+        return str(value)
+    if hasattr(value, "tolist"):  # tensors, numpy arrays and scalars
+        return plain(value.tolist())
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    raise DataError(f"{value!r} of type {type(value).__name__} has no JSON form")
+
+
+def parameter_hash(parameters: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that depend on the parameters, not on their order. Raises DataError."""
+    content = plain(parameters)
+    try:
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise DataError(f"parameters must be finite numbers, text, lists or tables: {error}") from error
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def git_state() -> dict[str, Any] | None:
-    """``{"commit", "dirty"}`` of the repository that holds tdlib, None outside one. Records do not count as
-    dirt.
-    """
+    """``{"commit", "dirty"}`` of the book's repository, None outside one. Records do not count as dirt."""
     top = _git("rev-parse", "--show-toplevel")
     commit = _git("rev-parse", "HEAD")
-    if top is None or commit is None or not (Path(top) / "tdlib" / "records.py").is_file():
+    if top is None or commit is None or Path(top) != ROOT:
         return None
     changed = _git(
         "status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)book/results"
@@ -218,7 +241,7 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -226,15 +249,9 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _rows(table: Any) -> list[dict[str, Any]]:
-    if hasattr(table, "to_dict") and hasattr(table, "columns"):  # a DataFrame; its missing values become null
-        table = [
-            {
-                key: None if isinstance(value, float) and math.isnan(value) else value
-                for key, value in row.items()
-            }
-            for row in table.to_dict(orient="records")
-        ]
+def _rows(table: Any) -> Rows:
+    if isinstance(table, pd.DataFrame):  # its missing values become null
+        table = table.astype(object).where(table.notna(), None).to_dict(orient="records")
     rows = plain(getattr(table, "rows", table))
     if not isinstance(rows, list):
         raise DataError(

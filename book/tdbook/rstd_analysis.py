@@ -1,6 +1,6 @@
 """What shuffling does to kernels: projection errors, singular spectra and how steady accuracy is over ratios.
 
-Used by the chapter on RsTD (Li et al., ICASSP 2019, arXiv 1810.13098); see `methods.rstd`.
+Used by the chapter on RsTD (Li et al., ICASSP 2019, arXiv 1810.13098); see `tdlib.methods.rstd`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..data import ArraySplit, Bundle
-from ..data.augment import NONE
-from ..errors import DataError
-from ..layers.dense import to_dense
-from ..layers.formats import get_format, project
-from ..planning import Plan
-from ..tensor.linalg import singular_values
+from tdlib.data import ArraySplit, Bundle
+from tdlib.data.augment import NONE
+from tdlib.errors import DataError
+from tdlib.layers.dense import to_dense
+from tdlib.layers.formats import get_format, project
+from tdlib.planning import Plan
+from tdlib.tensor.linalg import singular_values
 
 
 def projection_errors(

@@ -1,29 +1,25 @@
-"""Run the book's notebooks: list, execute by papermill, strip, collect sweeps.
+"""Run the book's notebooks: execute by papermill, strip, collect sweeps, say what a chapter is made of.
 
-The Snakefile calls this module as ``python -m tdlib.chapters COMMAND``; nothing here knows a chapter
-by name. An executed notebook is cleaned of everything that differs between two equal runs (timings,
-random cell ids, split output streams), so that an unchanged chapter gives an identical file.
+Nothing here knows a chapter by name. An executed notebook is cleaned of everything that differs between two
+equal runs (timings, random cell ids, split output streams), so that an unchanged chapter gives an identical
+file.
 """
 
 from __future__ import annotations
 
-import argparse
+import ast
 import json
 import os
 import re
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tdbook.paths import BUILD, NOTEBOOKS, ROOT
 from tdlib.errors import TdlibError, unknown
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = ROOT / "notebooks"
-BUILD = ROOT / "book" / "_build"
 FAILED = BUILD / "failed"
 
 #: Metadata that papermill and editors write and that says nothing about the result.
@@ -52,6 +48,38 @@ def defaults(path: str | Path) -> dict[str, Any]:
 
     found = papermill.inspect_notebook(str(path))
     return {name: row["default"] for name, row in found.items()}
+
+
+def sources(path: str | Path, package: str | Path = ROOT / "book" / "tdbook") -> list[str]:
+    """Files of the book's package that a notebook imports, directly or through one another, sorted.
+
+    These alone decide, beside the notebook and the library, whether the chapter must run again.
+    """
+    package = Path(package)
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    waiting = _imports(re.sub(r"^(\s*)[%!].*", r"\1pass", "\n".join(code), flags=re.MULTILINE))
+    found: set[Path] = set()
+    while waiting:
+        head, *rest = waiting.pop().split(".")
+        place = package.joinpath(*rest)
+        for file in (place / "__init__.py", place / "__init__.pyi", place.with_suffix(".py")):
+            if head == package.name and file.is_file() and file not in found:
+                found.add(file)
+                waiting |= _imports(file.read_text(encoding="utf-8"))
+    return sorted(map(str, found))
+
+
+def _imports(code: str) -> set[str]:
+    """Dotted names that the code imports, with their packages; only the package's own stub is relative."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            module = f"tdbook.{node.module}" if node.level else node.module
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return {name.rsplit(".", cut)[0] for name in names for cut in range(name.count(".") + 1)}
 
 
 def _one_stream(outputs: Iterable[Any]) -> list[Any]:
@@ -183,7 +211,7 @@ def collect(cells: Sequence[str | Path], table: str | Path) -> Path:
     for cell in map(Path, cells):
         found = sorted(cell.with_suffix("").glob("*.json"))
         if not found:
-            raise TdlibError(f"sweep cell {cell} wrote no record: its chapter must call tdlib.record")
+            raise TdlibError(f"sweep cell {cell} wrote no record: its chapter must call tdbook.record")
         for path in found:
             record = json.loads(path.read_text(encoding="utf-8"))
             row = {"cell": cell.stem, "chapter": record.get("chapter"), "seed": record.get("seed")}
@@ -194,64 +222,3 @@ def collect(cells: Sequence[str | Path], table: str | Path) -> Path:
     table.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(table, index=False)
     return table
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: ``list``, ``run``, ``strip``, ``failures``, ``collect``, ``stage``, ``readme``."""
-    parser = argparse.ArgumentParser(prog="python -m tdlib.chapters", description=main.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names of the chapters")
-    run = commands.add_parser("run", help="execute one chapter")
-    run.add_argument("notebook", help="a chapter's name or a notebook's path")
-    run.add_argument("--output", required=True, type=Path)
-    run.add_argument("--failed", default=FAILED, type=Path, help="folder for partial notebooks")
-    run.add_argument("--records", type=Path, help="folder for the records that the chapter writes")
-    run.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
-    stripping = commands.add_parser("strip", help="remove outputs from the committed notebooks")
-    stripping.add_argument("paths", nargs="*", type=Path)
-    commands.add_parser("failures", help="name the chapters whose last run failed")
-    joining = commands.add_parser("collect", help="join a sweep's records into one table")
-    joining.add_argument("cells", nargs="+", type=Path)
-    joining.add_argument("--table", required=True, type=Path)
-    commands.add_parser("stage", help="copy pages and generated tables to where the book is built")
-    readme = commands.add_parser("readme", help="rewrite the README's generated table")
-    readme.add_argument("--check", action="store_true", help="only say whether it is up to date")
-    options = parser.parse_args(arguments)
-
-    if options.command == "list":
-        print("\n".join(names()))
-    elif options.command == "run":
-        source = Path(options.notebook)
-        source = source if source.suffix == ".ipynb" else notebook(options.notebook)
-        given = dict(pair.split("=", 1) for pair in options.parameters)
-        if options.records is not None:
-            shutil.rmtree(options.records, ignore_errors=True)
-            os.environ["TDLIB_RECORDS"] = str(options.records.resolve())
-        start = time.perf_counter()
-        try:
-            execute(source, options.output, {k: value(v) for k, v in given.items()}, failed=options.failed)
-        except TdlibError as error:
-            print(error, file=sys.stderr)
-            return 1
-        print(f"chapter {source.stem}: {time.perf_counter() - start:.0f} s", flush=True)
-    elif options.command == "strip":
-        for path in strip(options.paths or sorted(NOTEBOOKS.glob("*.ipynb"))):
-            print(path)
-    elif options.command == "failures":
-        for path in failures():
-            print(f"chapter {path.stem} failed; partial notebook: {path}", file=sys.stderr)
-    elif options.command == "collect":
-        print(collect(options.cells, options.table))
-    else:
-        from tdlib import pages
-
-        if options.command == "stage":
-            pages.stage()
-        elif not pages.update_readme(check=options.check):
-            print("README.md is out of date: run python -m tdlib.chapters readme", file=sys.stderr)
-            return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

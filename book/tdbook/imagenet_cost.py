@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tdbook import tables
+from tdbook.paths import BOOK, ROOT
 from tdlib.errors import DataError
-from tdlib.markdown import markdown_table
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def measured(results: Mapping[str, Any], network: str = "resnet18") -> dict[str, dict[str, Any]]:
@@ -85,7 +83,7 @@ def page(results: Mapping[str, Any] | None, ledger: Mapping[str, Any]) -> str:
         rate = (
             f"{price[speed['device']]} {unit} per {'GPU' if speed['device'] == 'cuda' else 'core'} and hour"
         )
-        parts.append(f"**{name}** (assumed price: {rate})\n\n{markdown_table(rows)}")
+        parts.append(f"**{name}** (assumed price: {rate})\n\n{tables.markdown(rows)}")
     if not any(speed["device"] == "cuda" for speed in found.values()):
         parts.append(
             "**GPU**: not measured yet. `python -m benchmarks --only training --only calibration "
@@ -96,6 +94,6 @@ def page(results: Mapping[str, Any] | None, ledger: Mapping[str, Any]) -> str:
 
 def generated() -> str:
     """The page's piece from the committed ledger and measurements."""
-    ledger = yaml.safe_load((ROOT / "book" / "imagenet.yml").read_text(encoding="utf-8"))
+    ledger = yaml.safe_load((BOOK / "imagenet.yml").read_text(encoding="utf-8"))
     path = ROOT / "benchmarks" / "results.json"
     return page(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None, ledger)

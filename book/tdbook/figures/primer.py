@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from torch import Tensor, nn
 
+from tdbook import style
+from tdbook.figures.common import canvas, lines
 from tdlib.layers.formats import get_format, project
-from tdlib.plots import COLOURS, STYLE, colour, label, line_chart, new, styled
 
 FORMATS = ("cp", "tucker2", "tt", "tr")
 
@@ -81,30 +82,27 @@ def kernel_pictures(kernels: Mapping[str, Tensor], rows: int = 6, columns: int =
     """A corner of each kernel as pictures: one small window per (output, input) pair, common colour scale."""
     rows = min([rows, *(k.shape[0] for k in kernels.values())])
     columns = min([columns, *(k.shape[1] for k in kernels.values())])
-    fig, axes = new(1, len(kernels), size=(2.6 * len(kernels), 0.5 + 2.6 * rows / columns))
+    fig, axes = canvas(1, len(kernels), size=(2.6 * len(kernels), 0.5 + 2.6 * rows / columns))
     limit = max(float(k[:rows, :columns].abs().max()) for k in kernels.values())
-    with styled():
-        for ax, (name, kernel) in zip(axes[0], kernels.items(), strict=True):
-            tile = kernel[:rows, :columns]
-            gap = torch.nn.functional.pad(tile, (0, 1, 0, 1), value=float("nan"))
-            sheet = gap.permute(0, 2, 1, 3).reshape(rows * gap.shape[2], -1).numpy()
-            ax.imshow(sheet, vmin=-limit, vmax=limit, cmap=STYLE["image.cmap"], interpolation="nearest")
-            ax.set_title(label(name))
-            ax.set_axis_off()
+    for ax, (name, kernel) in zip(axes[0], kernels.items(), strict=True):
+        tile = kernel[:rows, :columns]
+        gap = torch.nn.functional.pad(tile, (0, 1, 0, 1), value=float("nan"))
+        sheet = gap.permute(0, 2, 1, 3).reshape(rows * gap.shape[2], -1).numpy()
+        ax.imshow(sheet, vmin=-limit, vmax=limit)
+        ax.set_title(style.label(name))
+        ax.set_axis_off()
     return fig
 
 
 def unfolding_pictures(named: Mapping[str, Tensor], columns: int = 120) -> Figure:
     """The first columns of each unfolding as an image, rows to one scale."""
     heights = [max(matrix.shape[0], 12) for matrix in named.values()]
-    fig, axes = new(len(named), 1, size=(7.4, 0.9 * len(named) + sum(heights) / 40), height_ratios=heights)
-    with styled():
-        for ax, (name, matrix) in zip(axes[:, 0], named.items(), strict=True):
-            limit = float(matrix.abs().quantile(0.99))
-            ax.imshow(matrix[:, :columns].numpy(), vmin=-limit, vmax=limit, aspect="auto",
-                      cmap=STYLE["image.cmap"], interpolation="nearest")
-            ax.set_title(f"{name}, first {min(columns, matrix.shape[1])} of {matrix.shape[1]} columns")
-            ax.set_axis_off()
+    fig, axes = canvas(len(named), 1, size=(7.4, 0.9 * len(named) + sum(heights) / 40), height_ratios=heights)
+    for ax, (name, matrix) in zip(axes[:, 0], named.items(), strict=True):
+        limit = float(matrix.abs().quantile(0.99))
+        ax.imshow(matrix[:, :columns].numpy(), vmin=-limit, vmax=limit, aspect="auto")
+        ax.set_title(f"{name}, first {min(columns, matrix.shape[1])} of {matrix.shape[1]} columns")
+        ax.set_axis_off()
     return fig
 
 
@@ -117,7 +115,7 @@ def _box(ax: Axes, x: float, y: float, text: str, tint: str, width: float = 0.9)
 
 def diagrams() -> Figure:
     """The four decompositions as diagrams: a box per array, a line per summed index, a stub per open mode."""
-    fig, axes = new(1, 4, size=(10.4, 2.6))
+    fig, axes = canvas(1, 4, size=(10.4, 2.6))
     plan = {
         "cp": ([(0, "O×R"), (1.5, "I×R"), (3, "K×R")], "one R shared by all three"),
         "tucker2": ([(0, "O×r₁"), (1.5, "r₁×r₂×K"), (3, "I×r₂")], "two ranks, dense core"),
@@ -125,41 +123,28 @@ def diagrams() -> Figure:
         "tr": ([(0, "r₀×O×r₁"), (1.5, "r₁×K×r₂"), (3, "r₂×I×r₀")], "a closed chain"),
     }
     modes = {"cp": "O I K", "tucker2": "O K I", "tt": "O K I", "tr": "O K I"}
-    with styled():
-        for ax, (name, (boxes, note)) in zip(axes[0], plan.items(), strict=True):
-            line = {"color": COLOURS["dense"], "lw": 1.8, "zorder": 1}
-            if name == "cp":  # one index touches all three factors
-                for x, _ in boxes:
-                    ax.plot([x, 1.5], [0, 1.0], **line)
-                ax.plot(1.5, 1.0, "o", color=COLOURS["dense"], ms=7, zorder=3)
-                ax.text(1.66, 1.08, "R", fontsize=8.5)
-            else:
-                ax.plot([0, 3], [0, 0], **line)
-            if name == "tr":
-                ax.plot([0, 0, 3, 3], [0, 0.85, 0.85, 0], **line)
-                ax.text(1.5, 0.95, "r₀", fontsize=8.5, ha="center")
-            for (x, text), mode in zip(boxes, modes[name].split(), strict=True):
-                ax.plot([x, x], [0, -0.8], **line)
-                ax.text(x, -1.12, mode, ha="center", va="center", fontsize=8.5)
-                _box(ax, x, 0, text, colour(name), 1.15)
-            ax.set(xlim=(-0.8, 3.8), ylim=(-1.4, 1.5), title=f"{label(name)}: {note}")
-            ax.set_axis_off()
+    for ax, (name, (boxes, note)) in zip(axes[0], plan.items(), strict=True):
+        line = {"color": style.GREY, "lw": 1.8, "zorder": 1}
+        if name == "cp":  # one index touches all three factors
+            for x, _ in boxes:
+                ax.plot([x, 1.5], [0, 1.0], **line)
+            ax.plot(1.5, 1.0, "o", color=style.GREY, ms=7, zorder=3)
+            ax.text(1.66, 1.08, "R", fontsize=8.5)
+        else:
+            ax.plot([0, 3], [0, 0], **line)
+        if name == "tr":
+            ax.plot([0, 0, 3, 3], [0, 0.85, 0.85, 0], **line)
+            ax.text(1.5, 0.95, "r₀", fontsize=8.5, ha="center")
+        for (x, text), mode in zip(boxes, modes[name].split(), strict=True):
+            ax.plot([x, x], [0, -0.8], **line)
+            ax.text(x, -1.12, mode, ha="center", va="center", fontsize=8.5)
+            _box(ax, x, 0, text, style.colour(name), 1.15)
+        ax.set(xlim=(-0.8, 3.8), ylim=(-1.4, 1.5), title=f"{style.label(name)}: {note}")
+        ax.set_axis_off()
     return fig
 
 
 def error_figure(curves: pd.DataFrame, title: str | None = None) -> Figure:
     """Relative error against ratio, a line per format, from ``error_curves``."""
-    return line_chart(curves, "ratio", "error", "format", logx=True, xlabel="ratio (parameters, this kernel)",
-                      ylabel="relative error", title=title, size=(5.6, 3.4))
-
-
-def front_figure() -> Figure:
-    """The README's picture: error against ratio for a kernel of a network trained on the digits."""
-    import tdlib
-
-    data = tdlib.data.load("digits", seed=0)
-    torch.manual_seed(0)
-    model = tdlib.models.build("cnn", data.classes, input_shape=data.input_shape)
-    tdlib.train.fit(model, data, epochs=20, lr=0.1, weight_decay=1e-2, batch_size=64, seed=0, progress=False)
-    _, weight = largest_kernel(model)
-    return error_figure(error_curves(weight), "A trained 64×64×3×3 kernel in four formats")
+    return lines(curves, "ratio", "error", "format", logx=True, xlabel="ratio (parameters, this kernel)",
+                 ylabel="relative error", title=title)

@@ -1,4 +1,4 @@
-"""The book's pages: stage the sources for Sphinx, generate tables and reference, refresh the README.
+"""The book's pages: stage the sources for Sphinx, generate tables, refresh the README.
 
 ``stage`` copies pages, executed notebooks, configuration and static files to ``book/_build/src`` and writes
 what ``GENERATED`` names. A file is written only when its text changes: Sphinx then
@@ -14,38 +14,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import yaml
 
-from tdlib import imagenet_cost, reference
-from tdlib.chapters import BUILD, NOTEBOOKS, ROOT
-from tdlib.markdown import markdown_table
+from tdbook import claims, imagenet_cost, reference, tables
+from tdbook.figures import benchmarks as figure
+from tdbook.paths import BOOK, BUILD, NOTEBOOKS, RESULTS, ROOT
+from tdbook.records import read_record
 
 SRC = BUILD / "src"
-RESULTS = ROOT / "book" / "results"
 REPOSITORY = "https://github.com/tdlib/tdlib"
-BEGIN, END = "<!-- results:begin (python -m tdlib.chapters readme) -->", "<!-- results:end -->"
+BEGIN, END = "<!-- results:begin (python -m tdbook readme) -->", "<!-- results:end -->"
 
 
 def saved_records(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
     """(file, content) of every record under ``book/results``, by file name, checked."""
-    from tdlib.records import read_record
-
     folder = RESULTS if folder is None else folder
     return [(path, read_record(path)) for path in sorted(folder.rglob("*.json"))]
 
 
-def verdicts() -> list[Any]:
+def verdicts() -> list[claims.Verdict]:
     """The verdict on every claim of ``book/claims.yml``, computed from the committed records."""
-    from tdlib import claims
-
-    ledger = ROOT / "book" / "claims.yml"
-    return claims.judge_all(claims.load_claims(ledger), [record for _, record in saved_records()])
+    return claims.judge_all(claims.load_claims(), [record for _, record in saved_records()])
 
 
 def status() -> str:
     """The table "Reproduction status", all claims."""
-    from tdlib import claims
-
     return claims.status_markdown(verdicts())
 
 
@@ -99,7 +93,7 @@ def records() -> str:
         rows.sort(
             key=lambda row: tuple(str(row[k]) for k in ("data", "network", "format", "of", "ratio", "method"))
         )
-        parts.append(f"## {chapter}\n\n{markdown_table(_without_empty(rows))}")
+        parts.append(f"## {chapter}\n\n{tables.markdown(_without_empty(rows))}")
         explained = [scale for scale in scales if ":" in scale]
         parts += ["\n".join(f"- *{scale}*" for scale in explained)] if explained else []
         parts.append(f"Run on: {', '.join(devices)}.")
@@ -117,8 +111,8 @@ def queue() -> str:
 
 def chapter_map() -> str:
     """Question and paper of every chapter that is staged, from ``book/map.yml``."""
-    rows = yaml.safe_load((ROOT / "book" / "map.yml").read_text(encoding="utf-8"))
-    return markdown_table(
+    rows = yaml.safe_load((BOOK / "map.yml").read_text(encoding="utf-8"))
+    return tables.markdown(
         {
             "Chapter": f"[](../notebooks/{name}.ipynb)",
             "Question": row["question"],
@@ -140,7 +134,7 @@ def benchmarks() -> str:
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         where = f"{machine['cpu']}, {machine['threads']} thread(s), timed by {machine['clock']}, "
         where += f"load average {machine['load_1min']}; Python {machine['python']}, {versions}"
-        parts.append(f"## {topic.capitalize()}\n\n{markdown_table(_without_empty(rows))}\n\n*{where}.*")
+        parts.append(f"## {topic.capitalize()}\n\n{tables.markdown(_without_empty(rows))}\n\n*{where}.*")
     judged = [row for row in found["rows"] if row["met"] is not None]
     met = sum(row["met"] for row in judged)
     return "\n\n".join([f"**{met} of {len(judged)} targets are met.**", *parts])
@@ -148,11 +142,9 @@ def benchmarks() -> str:
 
 def benchmark_picture() -> str:
     """The same rows as an SVG."""
-    from tdlib import plots_benchmarks
-
     path = ROOT / "benchmarks" / "results.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return plots_benchmarks.svg(rows)
+    return figure.svg(rows)
 
 
 def _benchmark_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +175,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "_generated/benchmarks.md": benchmarks,
     "_generated/benchmarks.svg": benchmark_picture,
     "_generated/imagenet.md": imagenet_cost.generated,
-    "api.md": reference.page,
+    "api.md": reference.overview,
 }
 
 
@@ -195,14 +187,17 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def _toc() -> str:
-    """The table of contents without pages that are not staged."""
-    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    """The table of contents without pages that are not staged, and with the reference's pages."""
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
     for part in toc["parts"]:
         part["chapters"] = [
             row
             for row in part["chapters"]
             if any((SRC / f"{row['file']}{suffix}").is_file() for suffix in (".md", ".ipynb"))
         ]
+        for row in part["chapters"]:
+            if row["file"] == "book/api":
+                row["sections"] = [{"file": f"book/api/{name}"} for name in reference.modules()]
     toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
     return yaml.safe_dump(toc, sort_keys=False)
 
@@ -217,8 +212,6 @@ def _mathjax(target: Path) -> None:
 
 def _notebooks() -> None:
     """Stage every chapter: executed where a build has run it, else without outputs and saying so."""
-    import nbformat
-
     for path in NOTEBOOKS.glob("*.ipynb"):
         executed = BUILD / "executed" / path.name
         nb = nbformat.read(str(executed if executed.is_file() else path), as_version=4)
@@ -233,19 +226,20 @@ def _notebooks() -> None:
 
 def stage() -> Path:
     """Bring everything that Sphinx reads to ``book/_build/src``; returns that folder."""
-    book = ROOT / "book"
     _notebooks()
     _put(SRC / "_config.yml", (ROOT / "_config.yml").read_bytes())
     wanted = [
         path
         for folder in ("images", "static")
-        for path in (book / folder).rglob("*")
+        for path in (BOOK / folder).rglob("*")
         if path.is_file() and path.suffix != ".py"
     ]
-    for path in [*book.glob("*.md"), *book.glob("*.bib"), *wanted]:
-        _put(SRC / "book" / path.relative_to(book), path.read_bytes())
+    for path in [*BOOK.glob("*.md"), *BOOK.glob("*.bib"), *wanted]:
+        _put(SRC / "book" / path.relative_to(BOOK), path.read_bytes())
     for name, make in GENERATED.items():
         _put(SRC / "book" / name, (make() + "\n").encode())
+    for name in reference.modules():
+        _put(SRC / "book" / "api" / f"{name}.md", reference.page(name).encode())
     _put(SRC / "_toc.yml", _toc().encode())
     _mathjax(SRC / "static" / "mathjax")  # not _static: Jupyter Book loads every script there on every page
     return SRC
@@ -253,8 +247,6 @@ def stage() -> Path:
 
 def readme_table() -> str:
     """The README's table: claims that have been run with their verdicts, and how many have not."""
-    from tdlib import claims
-
     judged = verdicts()
     run = [verdict for verdict in judged if verdict.verdict != "not run yet"]
     rest = f"{len(judged) - len(run)} of {len(judged)} claims in the book's ledger have not been run yet."

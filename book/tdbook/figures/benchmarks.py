@@ -8,10 +8,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from tdlib.plots import CYCLE, styled
+from tdbook import style
 
 #: By whether the target is met; None: there is no target.
-VERDICT = {True: CYCLE[2], False: CYCLE[1], None: CYCLE[0]}
+VERDICT = {True: style.GREEN, False: style.RED, None: style.BLUE}
 
 
 def svg(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -21,7 +21,7 @@ def svg(rows: Sequence[Mapping[str, Any]]) -> str:
         return '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
     topics = list(dict.fromkeys(row["topic"] for row in measured))
     heights = [sum(row["topic"] == topic for row in measured) for topic in topics]
-    with styled(), plt.rc_context({"svg.hashsalt": "tdlib", "svg.fonttype": "none"}):
+    with plt.rc_context({"svg.hashsalt": "tdlib", "svg.fonttype": "none"}):
         figure, axes = plt.subplots(
             len(topics), 1, figsize=(8.5, 0.24 * sum(heights) + 0.9 * len(topics)), squeeze=False,
             height_ratios=heights, layout="constrained",

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tdbook.records import parameter_hash, read_record, record
+from tdbook.sigma_study import TRANSFER, Study
 from tdlib.data import IMAGENET_MEAN, IMAGENET_STD, ArraySplit, Bundle
 from tdlib.errors import DataError
-from tdlib.records import read_record, record
-from tdlib.runs import parameter_hash
-from tdlib.sigma_study import TRANSFER, Study
 
 CHAPTER = "distribution_aware"
 

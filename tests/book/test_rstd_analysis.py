@@ -1,0 +1,78 @@
+"""What shuffling does to kernels, and what similar pixels do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tdlib
+from tdbook import rstd_analysis
+from tdlib.errors import DataError
+from tdlib.methods import rstd
+
+TRAINING = {"batch_size": 64, "device": "cpu", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return tdlib.data.load("digits")
+
+
+def net(digits) -> nn.Module:
+    torch.manual_seed(0)
+    return tdlib.models.build("cnn", digits.classes, input_shape=digits.input_shape, width=16)
+
+
+def test_shuffled_structure_decomposes_like_noise(digits) -> None:
+    """Post hoc, shuffling hurts: a low-rank kernel is no easier than Gaussian noise once it is shuffled."""
+    model = net(digits)
+    with torch.no_grad():
+        kernel = torch.einsum("or,ir,kr->oik", *(torch.randn(n, 3) for n in (32, 32, 9)))
+        model.conv4.weight.copy_(kernel.reshape(32, 32, 3, 3))
+    plan = rstd.shuffled_plan(model, digits, "tt", 4.0)
+    variants = {"shuffled": {}, "folded": {"shuffle": False}, "kernel": {"shuffle": False, "modes": "kernel"}}
+    errors = rstd_analysis.projection_errors(model, plan, variants)
+    at = errors[errors["layer"] == "conv4"].set_index("variant")
+    assert at["error"]["kernel"] < 0.05 and at["error"]["folded"] < 0.8 * at["error"]["shuffled"]
+    assert at["error"]["shuffled"] == pytest.approx(at["error"]["noise"], abs=0.08)
+    assert at["params"].max() < 1.2 * at["params"].min()
+
+
+def test_images_make_kernels_of_lower_spatial_rank_than_shuffled_pixels(digits) -> None:
+    scrambled = rstd_analysis.shuffle_pixels(digits)
+    assert (
+        rstd_analysis.neighbour_similarity(digits) > 0.4 > 0.1 > rstd_analysis.neighbour_similarity(scrambled)
+    )
+    nets = {}
+    for name, data in (("images", digits), ("pixels", scrambled)):
+        nets[name] = net(digits)
+        tdlib.train.fit(nets[name], data, epochs=16, lr=0.1, weight_decay=1e-2, **TRAINING)
+    low = rstd_analysis.low_rankness(nets).pivot(index="layer", columns="network", values="spatial")
+    assert (low["images"] < low["pixels"] - 0.02).loc[["conv2", "conv3"]].all()
+
+
+def test_shuffled_pixels_keep_images_labels_and_statistics(digits) -> None:
+    scrambled = rstd_analysis.shuffle_pixels(digits, 1)
+    x, y = digits.train[5]
+    shuffled, label = scrambled.train[5]
+    assert y == label and not torch.equal(x, shuffled)
+    assert torch.equal(x.flatten().sort().values, shuffled.flatten().sort().values)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(x.flatten()[order], shuffled.flatten())
+
+    class OnDisk(tdlib.data.FileSplit):
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(DataError, match="limit"):
+        rstd_analysis.shuffle_pixels(
+            tdlib.data.Bundle(
+                "photos", digits.classes, (0.5,), (0.5,), (1, 8, 8), OnDisk(), OnDisk(), OnDisk()
+            )
+        )
+
+
+def test_effective_rank_of_known_spectra() -> None:
+    assert rstd_analysis.effective_rank(torch.ones(8)) == pytest.approx(1.0)
+    assert rstd_analysis.effective_rank(torch.tensor([1.0, 0, 0, 0])) == pytest.approx(0.25)
