@@ -210,7 +210,7 @@ class Core(PathFinder):
 EXTRAS = {"accelerate", "sklearn", "pandas", "matplotlib", "seaborn", "pydantic", "jsonschema", "yaml",
           "papermill", "onnx", "onnxruntime", "onnxscript", "timm"}
 sys.meta_path = [Core if finder is PathFinder else finder for finder in sys.meta_path]
-import tempfile, torch, tdlib
+import tempfile, numpy, torch, tdlib
 from tdlib.errors import TdlibError
 from tdlib.export import fold_batchnorm, to_onnx
 model = tdlib.models.build("cnn", 3, input_shape=(1, 8, 8), width=8).eval()
@@ -222,8 +222,12 @@ for small in (tdlib.decompose(model, plan), tdlib.decompose(model, plan, statist
         assert torch.equal(tdlib.load(file.name)(torch.ones(2, 1, 8, 8)), small(torch.ones(2, 1, 8, 8)))
 print(plan, tdlib.compare(model, small, (1, 8, 8), repeats=1))
 fold_batchnorm(small)
+with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+    images, labels = numpy.zeros((40, 8, 8), numpy.uint8), numpy.arange(40) % 3
+    numpy.savez(file, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    data = tdlib.data.load(f"npz:{file.name}")
 for call in (plan.to_frame, tdlib.methods.available, lambda: tdlib.data.load("digits"),
-             lambda: tdlib.train.fit(model, None, epochs=1), lambda: to_onnx(model, "a.onnx", (1, 8, 8))):
+             lambda: tdlib.train.fit(model, data, epochs=1), lambda: to_onnx(model, "a.onnx", (1, 8, 8))):
     try:
         call()
     except TdlibError as error:

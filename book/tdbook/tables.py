@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -19,3 +19,27 @@ def _cell(value: Any) -> str:
         return "–"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def summary(
+    frame: pd.DataFrame, keys: Sequence[str], values: Mapping[str, str] | Sequence[str], digits: int = 2
+) -> pd.DataFrame:
+    """Each group of `keys` as a row: mean ± standard deviation over its rows (the mean alone of one row), a dash
+    where nothing was measured, and `n`, the number of rows.
+
+    values: columns, or column -> heading. Columns and keys that the frame lacks are left out.
+    """
+    headings = dict(values) if isinstance(values, Mapping) else {name: name for name in values}
+    shown = [name for name in headings if name in frame.columns]
+    groups = frame.groupby([key for key in keys if key in frame.columns], sort=False, dropna=False)
+
+    def cell(column: pd.Series) -> str:
+        column = column.dropna()
+        if column.empty:
+            return "–"
+        spread = f" ± {column.std():.{digits}f}" if len(column) > 1 else ""
+        return f"{column.mean():.{digits}f}{spread}"
+
+    table = groups[shown].agg(cell).rename(columns=headings)
+    table["n"] = groups.size()
+    return table.reset_index()
