@@ -100,7 +100,7 @@ def _one_stream(outputs: Iterable[Any]) -> list[Any]:
 
 def clean(nb: Any, *, outputs: bool = True) -> Any:
     """Remove run-dependent metadata from a notebook in place; with ``outputs=False`` its outputs too."""
-    for key in [k for k in nb.metadata if k not in ("kernelspec", "language_info")]:
+    for key in [k for k in nb.metadata if k not in ("kernelspec", "language_info", "chapter")]:
         del nb.metadata[key]
     nb.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nb.metadata["language_info"] = {"name": "python"}

@@ -110,17 +110,17 @@ def queue() -> str:
 
 
 def chapter_map() -> str:
-    """Question and paper of every chapter that is staged, from ``book/map.yml``."""
-    rows = yaml.safe_load((BOOK / "map.yml").read_text(encoding="utf-8"))
-    return tables.markdown(
-        {
-            "Chapter": f"[](../notebooks/{name}.ipynb)",
-            "Question": row["question"],
-            "Paper": f"{{cite:t}}`{row['paper']}`" if "paper" in row else None,
-        }
-        for name, row in rows.items()
-        if (SRC / "notebooks" / f"{name}.ipynb").is_file()
-    )
+    """The chapters of the table of contents that are staged: question and paper from their notebook's metadata."""
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
+    files = [ROOT / f"{row['file']}.ipynb" for part in toc["parts"] for row in part["chapters"]]
+    rows = []
+    for path in files:
+        if (SRC / "notebooks" / path.name).is_file() and path.is_file():
+            about = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("chapter", {})
+            paper = f"{{cite:t}}`{about['paper']}`" if "paper" in about else None
+            link = f"[](../notebooks/{path.name})"
+            rows.append({"Chapter": link, "Question": about.get("question"), "Paper": paper})
+    return tables.markdown(rows)
 
 
 def benchmarks() -> str:
