@@ -2,14 +2,11 @@
 the BatchNorm statistics and biases that compression shifted. No labels are needed.
 """
 
-from tdlib.calibration.batches import calibration_batches
 from tdlib.calibration.batchnorm import correct_bias, recalibrate_batchnorm, shift_output
-from tdlib.calibration.file import Statistics, load_statistics
-from tdlib.calibration.fisher import TEMPERATURE, damped, fisher
 from tdlib.calibration.outputs import divergence, logits
-from tdlib.calibration.paired import paired
-from tdlib.calibration.passes import call_order
-from tdlib.calibration.statistics import statistics
+from tdlib.calibration.passes import calibration_batches, call_order
+from tdlib.calibration.sensitivity import TEMPERATURE, damped, fisher, paired
+from tdlib.calibration.statistics import Statistics, load_statistics, statistics
 
 __all__ = [
     "TEMPERATURE",

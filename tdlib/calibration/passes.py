@@ -1,8 +1,8 @@
-"""Forward passes over calibration batches that look at what arrives at the layers."""
+"""Calibration inputs, and forward passes over them that look at what arrives at the layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +11,37 @@ from torch import Tensor, nn
 
 from tdlib.errors import DataError, NonFiniteError
 from tdlib.modes import evaluating
+
+
+def calibration_batches(
+    data: Any, samples: int = 1000, batch_size: int = 100, seed: int = 0, device: str | torch.device = "cpu"
+) -> list[Tensor]:
+    """At most `samples` inputs as batches on `device`, without labels.
+
+    data: a Bundle, for random training images (drawn from `seed`) without augmentation in batches of
+    `batch_size`; or any iterable of inputs or (inputs, labels) batches, for the first of them.
+    Raises: DataError if there are none.
+    """
+    source = data
+    if hasattr(data, "batches"):
+        size = min(batch_size, len(data.train), samples)
+        source = data.batches("train", size, device=device, seed=seed, shuffle=True, drop_last=False)
+    inputs = (inputs_of(batch).to(device) for batch in source)
+    kept = [x for x in limited(inputs, samples) if len(x)]
+    if not kept:
+        raise DataError(
+            "no calibration inputs: give a Bundle with training images, or an iterable of batches"
+        )
+    return kept
+
+
+def limited(batches: Iterable[Tensor], samples: int) -> Iterator[Tensor]:
+    """The first `samples` inputs of the batches; no batch beyond them is asked for."""
+    for x in batches:
+        yield x[:samples]
+        samples -= len(x)
+        if samples <= 0:
+            return
 
 
 def inputs_of(batch: Any) -> Tensor:
