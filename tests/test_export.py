@@ -31,7 +31,7 @@ def norms(model):
 )
 def test_folded_networks_compute_the_same_without_norms(name, format):
     torch.manual_seed(0)
-    model = lively(tdlib.models.build(name, 10))
+    model = lively(tdlib.models.build(name, 10, input_shape=(3, 32, 32)))
     if format is not None:
         model = tdlib.decompose(model, tdlib.plan(model, (3, 32, 32), format, 2.0)).eval()
     x = torch.randn(2, 3, 32, 32)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdlib.calibration.file import Statistics
+from tdlib.calibration.statistics import Statistics
 from tdlib.calibration.passes import inputs_of, no_inputs, placed
 from tdlib.errors import DataError
 from tdlib.formats import to_dense

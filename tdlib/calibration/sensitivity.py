@@ -1,8 +1,8 @@
 """What a layer's error does to the network, and what the compressed front does to a layer's inputs.
 
-- `fisher`: H = E[g g^T] per layer, g the gradient at its output of the loss with labels drawn from the network's own
-  predictions. Together with Sigma it gives 1/2 tr(H (W-What) Sigma (W-What)^T), a second-order estimate of the
-  KL divergence that the change of one layer causes. No labels are needed.
+- `fisher`: H = E[g g^T] per layer, g the gradient at its output of the loss with labels drawn from the
+  network's own predictions. Together with Sigma it gives 1/2 tr(H (W-What) Sigma (W-What)^T), a second-order
+  estimate of the KL divergence that the change of one layer causes. No labels are needed.
 - `paired`: moments of one layer's inputs in the dense and in the partly compressed network side by side.
 """
 

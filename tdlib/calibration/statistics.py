@@ -1,4 +1,4 @@
-"""Input statistics of every layer, streamed by forward hooks in one pass over calibration inputs, and their file.
+"""Input statistics of every layer, streamed by forward hooks in one pass over calibration data; their file.
 
 Sigma = E[x x^T], uncentred, and the mean E[x] of the input patches of every Conv2d (groups 1) and of the
 inputs of every Linear. Patches follow stride, dilation, padding and padding_mode, all positions weigh the

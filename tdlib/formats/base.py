@@ -100,6 +100,11 @@ class KernelFormat:
 
     # -- what follows from it ----------------------------------------------------------------------
 
+    @property
+    def batched(self) -> bool:
+        """Whether torch.vmap maps `project` over a stack of kernels."""
+        return self.decomposition.batched
+
     @cached_property
     def bounds(self) -> Ranks:
         """Ranks beyond which nothing is gained: the factorisation is exact there."""
@@ -166,7 +171,7 @@ class KernelFormat:
     def project(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
         """The kernel of these ranks nearest to `weight` as the decomposition finds it; same shape and dtype.
 
-        Where the decomposition is `batched`, torch.vmap maps it over a stack of kernels.
+        torch.vmap maps it over a stack of kernels where the format is `batched`.
         """
         return self.compose(self.decompose(weight, ranks)).to(weight.dtype)
 

@@ -37,7 +37,7 @@ class Projection:
                 return bound.project(kernel, planned.ranks)
 
             stack = [kernels[name].float() for name in names]
-            batched = len(names) > 1 and bound.decomposition.batched
+            batched = len(names) > 1 and bound.batched
             found = torch.vmap(one)(torch.stack(stack)).unbind(0) if batched else [one(k) for k in stack]
             projected.update(zip(names, found, strict=True))
         return projected

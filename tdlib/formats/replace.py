@@ -68,7 +68,7 @@ def install(model: nn.Module, name: str, module: nn.Module, planned: LayerPlan) 
 
 def project(weight: Tensor, format: str, ranks: Sequence[int], **options: Any) -> Tensor:
     """The kernel of these ranks nearest to `weight` as the format's decomposition finds it; same shape and
-    dtype. torch.vmap maps it over a stack of kernels where the decomposition is batched (not CP)."""
+    dtype. torch.vmap maps it over a stack of kernels where the format is `batched` (not CP, nor shuffled)."""
     return get_format(format).bind(weight.shape, **options).project(weight, ranks)
 
 

@@ -43,6 +43,8 @@ UNSHUFFLED = -1  # how "no permutation" is written into a state_dict
 class Shuffled(ComposedFormat):
     """The kernel's entries, permuted and folded to the modes (n_1, ..., n_d)."""
 
+    batched = False  # torch.vmap forbids drawing the permutation
+
     def resolve(self, options: dict[str, Any]) -> dict[str, Any]:
         seed = int(options.get("seed", 0))
         if not 0 <= seed < 2**63:

@@ -1,4 +1,4 @@
-"""What the tests of the methods share: the digits, and one network trained on them, which no method may change."""
+"""What the tests share: the digits, and one network trained on them, which no method may change."""
 
 from __future__ import annotations
 

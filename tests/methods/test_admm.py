@@ -121,7 +121,8 @@ def test_before_the_first_epoch_z_is_the_projection_and_the_dual_zero() -> None:
     model, plan = small_net(), small_plan()
     hook = started(model, plan, rho=0.1)
     for name in plan:
-        assert torch.allclose(hook.z[name], project(model.get_submodule(name).weight, "tt", (3, 3)), atol=1e-6)
+        z = project(model.get_submodule(name).weight, "tt", (3, 3))
+        assert torch.allclose(hook.z[name], z, atol=1e-6)
         assert not hook.u[name].any()
 
 
@@ -148,7 +149,8 @@ def test_columns_and_that_the_reported_loss_is_the_tasks(digits, trained: nn.Mod
     plan = planned(trained, digits, format="tt", ratio=2.0)
     small, tables = admm(trained, digits, plan, epochs=1, rho=0.5, lr=1e-4, track_distance=True, **TRAINING)
     (row,) = tables["admm"]
-    assert {"gap", "penalty", "rho", "distance", "projection_seconds"} | {f"gap:{n}" for n in plan} <= set(row)
+    columns = {"gap", "penalty", "rho", "distance", "projection_seconds", *(f"gap:{name}" for name in plan)}
+    assert columns <= set(row)
     other = fit(copy.deepcopy(trained), digits, epochs=1, lr=1e-4, **TRAINING).rows[0]
     assert row["penalty"] > 1 and row["train_loss"] == pytest.approx(other["train_loss"], abs=0.02)
     assert set(tdlib.provenance(small).layers) == set(plan)

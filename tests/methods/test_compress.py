@@ -1,80 +1,212 @@
-"""One entry point for all methods: names and hyper-parameters are checked before anything runs."""
+"""One entry point for all methods: what every one promises, and that names are checked first."""
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 
 import pytest
 import torch
+from torch import nn
 
 import tdlib
 from tdlib import methods
-from tdlib.errors import BudgetError, UnknownName
+from tdlib.errors import BudgetError, DataError, TdlibError, UnknownName
+from tdlib.methods.registry import METHODS, Method
+from tdlib.planning import Plan
+from tdlib.train.run import Run
 
 QUICK = {"device": "cpu", "progress": False, "batch_size": 64}
+# What makes a method quick, and the test accuracy that it has to reach at a ratio of 2 all the same.
+SETTINGS = {
+    "direct": ({"finetune_epochs": 2}, 90),
+    "admm": ({"epochs": 2, "rho": 0.1, "finetune_epochs": 2}, 90),
+    "iterative": ({"stage_epochs": 1}, 90),
+    "rstd": ({"epochs": 5, "lr": 0.1}, 85),
+    "distribution-aware": ({"samples": 300}, 95),
+}
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return tdlib.data.load("digits")
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.fixture
-def net(digits):
-    torch.manual_seed(0)
-    return tdlib.models.build("cnn", digits.classes, input_shape=digits.input_shape, width=8)
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows_of(model: nn.Module) -> list[dict[str, object]]:
+    return [row for table in tdlib.provenance(model).report["history"].values() for row in table]
+
+
+@pytest.mark.parametrize("by", ["params", "macs"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_meets_its_ratio_keeps_accuracy_and_leaves_the_model_alone(
+    method, by, trained, digits, tmp_path
+) -> None:
+    if method == "rstd" and by == "macs":
+        with pytest.raises(BudgetError, match="params"):
+            tdlib.compress(trained, method, digits, ratio=2.0, by=by, **QUICK)
+        return
+    hyper, least = SETTINGS.get(method, ({}, 0))
+    model = copy.deepcopy(trained)
+    model.eval().bn1.train()
+    model.note = "mine"
+    before, modes = state(model), [m.training for m in model.modules()]
+    attributes, about = set(vars(model)), copy.deepcopy(tdlib.provenance(model))
+
+    small = tdlib.compress(model, method, digits, ratio=2.0, by=by, **hyper, **QUICK)
+
+    assert equal(state(model), before) and [m.training for m in model.modules()] == modes
+    assert set(vars(model)) == attributes and tdlib.provenance(model) == about
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    dense, cost = (tdlib.count(m, digits.input_shape).by(by) for m in (model, small))
+    report = tdlib.provenance(small).report
+    assert dense / cost == pytest.approx(2.0, rel=0.02)
+    assert report[f"{by}_ratio"] == pytest.approx(dense / cost)
+    assert report["after"] == tdlib.train.accuracies(small, digits)
+    assert report["after"]["test"] > least
+    tdlib.save(small, tmp_path / "small.safetensors")
+    loaded, x = tdlib.load(tmp_path / "small.safetensors"), torch.randn(3, *digits.input_shape)
+    torch.testing.assert_close(loaded(x), small.eval()(x), atol=1e-4, rtol=1e-3)
+    assert tdlib.provenance(loaded).plan == report["plan"]
+
+
+def test_the_report_says_what_was_done_and_measured(trained, digits) -> None:
+    hyper = {"epochs": 2, "rho": 0.1, "format": "tucker2", "finetune_epochs": 3}
+    small = tdlib.compress(trained, "admm", digits, ratio=2.0, **hyper, **QUICK)
+    report = tdlib.provenance(small).report
+    parts = {"method", "settings", "plan", "params_ratio", "macs_ratio", "history", "seconds"}
+    assert set(report) == parts | {"dense", "before", "after"}
+    assert report["method"] == "admm" and report["settings"]["rho"] == 0.1
+    plan = Plan.from_dict(report["plan"])
+    assert dict(plan) == tdlib.provenance(small).layers and plan.format == "tucker2"
+    assert report["params_ratio"] == plan.params_ratio == pytest.approx(2.0, rel=0.02)
+    assert [len(report["history"][stage]) for stage in ("admm", "finetune")] == [2, 3]
+    assert report["dense"] == tdlib.train.accuracies(trained, digits)
+    assert report["after"]["test"] > report["before"]["test"]
+    best = max(row["val_accuracy"] for row in report["history"]["finetune"])
+    assert report["after"]["val"] == pytest.approx(best)
+
+
+def test_without_training_before_is_after(trained, digits) -> None:
+    small = tdlib.compress(trained, "direct", digits, ratio=2.0, progress=False)
+    report = tdlib.provenance(small).report
+    assert report["before"] == report["after"] and report["history"] == {}
+
+
+def test_direct_needs_nothing_but_the_shape_of_an_input(trained, digits) -> None:
+    x = torch.randn(2, *digits.input_shape)
+    a, b = (tdlib.compress(trained, "direct", data, ratio=2.0, progress=False) for data in (digits, [x]))
+    assert equal(state(a), state(b)) and "dense" not in tdlib.provenance(b).report
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper"),
+    [
+        ("admm", {"epochs": 1, "rho": 0.1, "finetune_epochs": 1}),
+        ("iterative", {"stage_epochs": 1, "rule": "nx", "finetune_epochs": 1}),
+        ("rstd", {"epochs": 2}),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
+    method, hyper, trained, digits, tmp_path, monkeypatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def run(**extra: object) -> nn.Module:
+        return tdlib.compress(trained, method, digits, ratio=2.0, **hyper, **QUICK, **extra)
+
+    whole, kills, again, step = run(), 0, None, Run.step
+    while again is None:
+        left = iter(range(9))
+
+        def limited(*args: object, left=left) -> None:
+            if next(left, None) is None:
+                raise Killed
+            step(*args)
+
+        monkeypatch.setattr(Run, "step", limited)
+        try:
+            again = run(checkpoint=tmp_path, checkpoint_steps=4)
+        except Killed:
+            kills += 1
+            assert kills < 20
+    assert kills >= 4
+    assert equal(state(whole), state(again))
+    for rows in zip(*(rows_of(net) for net in (whole, again)), strict=True):
+        first, second = ({k: v for k, v in row.items() if "seconds" not in k} for row in rows)
+        assert first == second
 
 
 def test_the_table_has_a_row_for_every_method() -> None:
     table = methods.available()
-    assert list(table.index) == list(methods.METHODS)
+    assert list(table.index) == list(METHODS)
     assert {"paper", "data", "labels", "training", "formats", "ratio"} == set(table.columns)
     assert not table.isna().any().any()
 
 
-@pytest.mark.parametrize("name", list(methods.METHODS))
-def test_every_method_has_its_module_and_takes_hyper_parameters(name: str) -> None:
-    assert importlib.util.find_spec(methods.METHODS[name].module) is not None
-    assert methods.hyperparameters(name)
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("direct", {"statistics", "multiple", "batch_size"}),
+        ("admm", {"rho", "epochs", "lr", "track_distance", "checkpoint"}),
+        ("iterative", {"stage_epochs", "stage_lr", "weakening", "on_decomposed", "step_epochs"}),
+        ("rstd", {"shuffle", "order", "modes", "epochs"}),
+        ("distribution-aware", {"samples", "weigh_outputs", "sequential", "statistics", "recalibrate"}),
+    ],
+)
+def test_hyperparameters_are_those_of_method_planner_and_training(method, names) -> None:
+    found = methods.hyperparameters(method)
+    assert names <= set(found) and len(found) == len(set(found))
+    assert not {"ratio", "by", "format", "seed", "device", "progress", "hooks", "model"} & set(found)
 
 
 @pytest.mark.parametrize(
-    ("method", "hyper", "message"),
+    ("method", "hyper", "error", "message"),
     [
-        ("adm", {}, "admm"),
-        ("admm", {"rhoo": 1.0}, "rho"),
-        ("direct", {"rho": 1.0}, "finetune_epochs"),
-        ("direct", {"by": "flops"}, "macs"),
-        ("direct", {"format": "tucker3"}, "tucker2"),
+        ("adm", {}, UnknownName, "admm"),
+        ("admm", {"rhoo": 1.0}, UnknownName, "rho"),
+        ("direct", {"rho": 1.0}, UnknownName, "multiple"),
+        ("direct", {"by": "flops"}, UnknownName, "macs"),
+        ("direct", {"format": "tucker3"}, UnknownName, "tucker2"),
+        ("direct", {"rule": "best"}, UnknownName, "uniform"),
+        ("direct", {"ratio": 1000.0}, BudgetError, r"best reachable is \d"),
+        ("direct", {"ratio": None}, TdlibError, "either"),
+        ("direct", {"ranks": {"conv3": (4, 4)}}, TdlibError, "either"),
+        ("iterative", {"rule": "uniform"}, UnknownName, "vbmf"),
+        ("iterative", {"format": "tt"}, UnknownName, "tucker2"),
+        ("iterative", {"ratio": None, "ranks": {"conv3": (4, 4)}}, TdlibError, "takes no ranks"),
+        ("rstd", {"options": {"order": 2}}, TdlibError, "takes no options"),
+        ("rstd", {"format": "svd"}, UnknownName, "tucker"),
     ],
 )
-def test_unknown_names_list_the_valid_ones(net, digits, method: str, hyper: dict, message: str) -> None:
-    with pytest.raises(UnknownName, match=message):
-        tdlib.compress(net, method, digits, ratio=2.0, **hyper)
+def test_what_cannot_be_is_named_before_anything_runs(trained, digits, method, hyper, error, message) -> None:
+    with pytest.raises(error, match=message):
+        tdlib.compress(trained, method, digits, **{"ratio": 2.0, "progress": False, **hyper})
 
 
-def test_an_unreachable_ratio_says_the_best_one(net, digits) -> None:
-    with pytest.raises(BudgetError, match=r"\d"):
-        tdlib.compress(net, "direct", digits, ratio=1000.0)
+@pytest.mark.parametrize(("method", "hyper"), [("admm", {}), ("direct", {"finetune_epochs": 1})])
+def test_training_without_labels_is_refused(method, hyper, trained, digits) -> None:
+    with pytest.raises(DataError, match="labels"):
+        tdlib.compress(trained, method, [torch.randn(2, *digits.input_shape)], ratio=2.0, **hyper)
 
 
-@pytest.mark.parametrize("by", ["params", "macs"])
-def test_direct_meets_the_ratio_and_leaves_the_model_alone(net, digits, by: str) -> None:
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    small = tdlib.compress(net, "direct", digits, ratio=2.0, by=by)
-    assert small._tdlib["report"][f"{by}_ratio"] == pytest.approx(2.0, rel=0.02)
-    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+# -- a method is a function and a row
 
 
-def test_admm_reports_every_stage(net, digits) -> None:
-    small = tdlib.compress(
-        net, "admm", digits, ratio=2.0, format="tucker2",
-        dense_epochs=1, epochs=2, finetune_epochs=1, rho=0.1, **QUICK,
-    )  # fmt: skip
-    report = small._tdlib["report"]
-    assert {"dense", "admm", "before", "after", "params_ratio", "macs_ratio", "plan"} <= set(report)
-    assert [len(report["history"][stage]) for stage in ("dense", "admm", "finetune")] == [1, 2, 1]
-    assert report["plan"]["format"] == "tucker2"
+def halved(model, data, plan, *, strength: float = 0.5):
+    """A toy: decomposed, the classifier scaled."""
+    small = tdlib.decompose(model, plan)
+    with torch.no_grad():
+        small.linear.weight.mul_(strength)
+    return small, {"toy": [{"strength": strength}]}
+
+
+def test_a_method_is_a_function_and_one_row(trained, digits, monkeypatch) -> None:
+    monkeypatch.setitem(METHODS, "toy", Method(f"{__name__}:halved", "nobody", ("tucker2",), labels=False))
+    assert "toy" in methods.available().index and "strength" in methods.hyperparameters("toy")
+    small = tdlib.compress(trained, "toy", digits, ratio=2.0, strength=0.25, finetune_epochs=1, **QUICK)
+    report = tdlib.provenance(small).report
+    assert report["history"]["toy"] == [{"strength": 0.25}] and len(report["history"]["finetune"]) == 1
     assert report["params_ratio"] == pytest.approx(2.0, rel=0.02)
-    x = torch.randn(2, *digits.input_shape)
-    assert small.eval()(x).shape == (2, len(digits.classes))

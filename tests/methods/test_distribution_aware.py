@@ -1,182 +1,259 @@
-"""Distribution-aware compression end to end, on a small trained network."""
+"""Distribution-aware compression of a trained network: the paper's method, and what our steps gain."""
 
-import copy
+from __future__ import annotations
 
 import pytest
 import torch
 
 import tdlib
-from tdbook.sigma_study import Study
-from tdlib.errors import BudgetError, CheckpointError, DataError, TdlibError
-from tdlib.harm import HarmCurves, between
-from tdlib.layers.formats import get_format
-from tdlib.layers.weighted import factorise_weighted
-from tdlib.methods.distribution_aware import at_once, calibration_batches, in_sequence
-from tdlib.sensitivity import call_order, divergence, logits
+from tdlib.calibration import calibration_batches, divergence, logits
+from tdlib.errors import BudgetError, CheckpointError, DataError, TdlibError, UnknownName
+from tdlib.formats import get_format
+from tdlib.methods.distribution_aware import distribution_aware, in_sequence
+from tdlib.methods.registry import planned
+
+SAMPLES = 600
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return tdlib.data.load("digits")
+def batches(digits):
+    return calibration_batches(digits, SAMPLES)
 
 
 @pytest.fixture(scope="module")
-def net(digits):
-    torch.manual_seed(0)
-    model = tdlib.models.build("cnn", digits.classes, input_shape=digits.input_shape, width=16)
-    tdlib.train.fit(model, digits, epochs=5, lr=0.05, batch_size=32, progress=False)
-    return model.eval()
+def stats(trained, batches):
+    """Sigma and H of the layers in the middle."""
+    return tdlib.statistics(trained, batches, ["conv[234]"], output_weights=True)
 
 
 @pytest.fixture(scope="module")
-def study(net, digits):
-    return Study(net, digits, samples=600)
+def uniform(trained, digits):
+    return planned(trained, digits, format="tucker2", ratio=3)
+
+
+@pytest.fixture(scope="module")
+def by_harm(trained, digits, stats):
+    return planned(trained, digits, format="tucker2", ratio=3, rule="global", statistics=stats)
+
+
+@pytest.fixture(scope="module")
+def kl(trained, batches):
+    """Compressed network -> divergence of its outputs from the dense network's on the calibration inputs."""
+    reference = logits(trained, batches)
+    return lambda network: divergence(reference, logits(network, batches))
+
+
+def without_fisher(stats):
+    return tdlib.Statistics(stats, stats.means, stats.counts)
 
 
 def same_weights(a, b):
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    states = (a.state_dict().values(), b.state_dict().values())
+    return all(torch.equal(x, y) for x, y in zip(*states, strict=True))
 
 
-@pytest.mark.parametrize("by", ["params", "macs"])
-@pytest.mark.parametrize("sequential", [False, True])
-def test_the_ratio_is_met_and_the_input_untouched(net, digits, by, sequential):
-    before = copy.deepcopy(net)
-    small = tdlib.compress(
-        net, "distribution-aware", digits, ratio=3, by=by, samples=200, sequential=sequential, evaluate=False
-    )
-    assert same_weights(net, before) and not hasattr(net[0] if hasattr(net, "__getitem__") else net, "report")
-    dense, cost = (tdlib.count(m, digits.input_shape) for m in (net, small))
-    found = dense.macs / cost.macs if by == "macs" else dense.weights / cost.weights
-    assert found == pytest.approx(3, rel=0.02)
-    report = small._tdlib["report"]
-    assert report[f"{by}_ratio"] == pytest.approx(found, rel=1e-6)
-    assert {row["layer"] for row in report["layers"]} == set(small._tdlib["layers"])
-    assert report["calibration_kl"] < 0.5 and report["sequential"] is sequential
+# -- the paper
 
 
-def test_the_compressed_network_is_saved_and_loaded(net, digits, tmp_path):
-    small = tdlib.compress(
-        net, "distribution-aware", digits, ratio=3, samples=200, bias_correction=True, evaluate=False
-    )
-    tdlib.save(small, tmp_path / "small.safetensors")
-    back = tdlib.load(tmp_path / "small.safetensors").eval()
-    x = torch.randn(3, *digits.input_shape)
-    torch.testing.assert_close(back(x), small.eval()(x))
+def test_the_default_is_the_papers_method(digits, trained, stats, uniform):
+    small, tables = distribution_aware(trained, digits, uniform, samples=SAMPLES)
+    assert same_weights(small, tdlib.decompose(trained, uniform, without_fisher(stats)))
+    assert same_weights(small, distribution_aware(trained, digits, uniform, statistics=stats)[0])
+    plain = tdlib.decompose(trained, uniform)
+    for row in tables["layers"]:
+        layers = (network.get_submodule(row["layer"]) for network in (trained, small, plain))
+        W, What, other = (tdlib.to_dense(layer).detach() for layer in layers)
+        assert row["ranks"] == list(uniform[row["layer"]].ranks)
+        assert row["frobenius_error"] == pytest.approx(float((W - What).norm() / W.norm()), rel=1e-4)
+        assert row["frobenius_error"] > float((W - other).norm() / W.norm())
+        sigma = stats[row["layer"]].float()
+        error, worse = (float(((W - k).flatten(1) @ sigma * (W - k).flatten(1)).sum()) for k in (What, other))
+        assert error < worse
+    assert [row["layer"] for row in tables["layers"]] == list(uniform)
+
+
+def test_sigma_brings_the_outputs_far_closer(trained, digits, uniform, kl):
+    small, _ = distribution_aware(trained, digits, uniform, samples=SAMPLES)
+    assert kl(small) < 0.3 * kl(tdlib.decompose(trained, uniform))
 
 
 @pytest.mark.parametrize(("format", "options"), [("cp", {}), ("cp4", {}), ("tt", {}), ("tt", {"order": 2})])
-def test_other_formats(net, digits, format, options):
-    rule = "uniform" if options or format.startswith("cp") else "global"
-    small = tdlib.compress(
-        net, "distribution-aware", digits, ratio=2, format=format, rule=rule, options=options, samples=200,
-        sequential=False, evaluate=False,
-    )  # fmt: skip
-    plain = tdlib.compress(net, "direct", digits, ratio=2, format=format, options=options)
-    batches = calibration_batches(digits, 200)
-    reference = logits(net, batches)
-    ours, theirs = (divergence(reference, logits(m, batches)) for m in (small, plain))
-    assert ours < theirs
+def test_other_formats(trained, digits, format, options, kl):
+    plan = planned(trained, digits, format=format, ratio=2, options=options)
+    small, _ = distribution_aware(trained, digits, plan, samples=200)
+    assert kl(small) < kl(tdlib.decompose(trained, plan))
 
 
-def test_unlabelled_batches_are_enough(net, digits):
-    inputs = [x for x, _ in digits.batches("train", 100)]
-    small = tdlib.compress(net, "distribution-aware", inputs, ratio=3, samples=250)
-    assert small._tdlib["report"]["samples"] == 250
-    assert "dense" not in small._tdlib["report"]
+# -- the steps beyond it
 
 
-def test_statistics_of_other_data_can_be_used(net, digits, tmp_path):
-    inputs = [x.flip(3) for x, _ in digits.batches("train", 200)]
-    tdlib.statistics(net, inputs).save(tmp_path / "other.safetensors")
-    small = tdlib.compress(
-        net,
-        "distribution-aware",
-        digits,
-        ratio=2,
-        statistics=str(tmp_path / "other.safetensors"),
-        samples=200,
+def test_ranks_by_harm_and_weighted_outputs(trained, digits, uniform, by_harm, stats, kl):
+    plain, harm = (distribution_aware(trained, digits, p, samples=SAMPLES)[0] for p in (uniform, by_harm))
+    weighed, _ = distribution_aware(trained, digits, by_harm, samples=SAMPLES, weigh_outputs=True)
+    assert kl(harm) < 0.4 * kl(plain)
+    assert kl(weighed) < 0.7 * kl(harm)
+    assert same_weights(weighed, tdlib.decompose(trained, by_harm, stats))
+    taken_here, _ = distribution_aware(
+        trained, digits, by_harm, samples=SAMPLES, statistics=without_fisher(stats), weigh_outputs=True
     )
-    report = small._tdlib["report"]
-    assert report["sequential"] is False and report["before"]["test"] > 50
-    with pytest.raises(CheckpointError):
-        tdlib.compress(net, "distribution-aware", digits, ratio=2, statistics="nowhere.safetensors")
+    assert same_weights(weighed, taken_here)
 
 
-def test_recalibration_and_explicit_ranks_are_reported(net, digits):
-    small = tdlib.compress(
-        net, "distribution-aware", digits, ratio=2, ranks={"conv*": (6, 6)}, samples=200, recalibrate=True
-    )
-    report = small._tdlib["report"]
-    assert report["rule"] == "explicit" and "recalibrated_kl" in report
-    assert set(report["before"]) == set(report["after"]) == {"val", "test"}
+@pytest.mark.parametrize(("format", "ranks"), [("tucker2", (5, 4)), ("tt", (5, 4)), ("cp", (20,))])
+def test_weighing_outputs_lowers_the_weighted_error(trained, stats, format, ranks):
+    W, H, sigma = trained.get_parameter("conv3.weight").detach(), stats.weights["conv3"], stats["conv3"]
+    bound, errors = get_format(format).bind(W.shape), []
+    for fisher in (H, None):
+        D = (W - bound.compose(bound.decompose(W, ranks, sigma, fisher))).double().flatten(1)
+        errors.append(float(torch.einsum("op,oi,ij,pj->", H, D, sigma, D)))
+    assert errors[0] < 0.95 * errors[1]
 
 
-def test_what_cannot_be_done_says_so(net, digits):
-    with pytest.raises(BudgetError, match="best reachable"):
-        tdlib.compress(net, "distribution-aware", digits, ratio=1e4, samples=100)
-    with pytest.raises(TdlibError, match="there is one for tucker2"):
-        tdlib.compress(net, "distribution-aware", digits, ratio=2, format="tr")
-    with pytest.raises(DataError, match="no calibration inputs"):
-        tdlib.compress(net, "distribution-aware", [], ratio=2)
-
-
-def test_measured_harm_corrects_the_prediction(study):
-    found = HarmCurves(study.model, study.statistics(), study.weights(), study.batches[:2], points=3)
-    before = copy.deepcopy(study.model)
-    tdlib.plan(study.model, (1, 8, 8), "tucker2", 3, skip=study.skip, rule="global", curves=found)
-    assert same_weights(before, study.model)
-    assert {row["layer"] for row in found.rows} == set(study.names("tucker2"))
-    assert all(row["predicted"] > 0 and row["measured"] >= 0 for row in found.rows)
-    assert between([(0.0, 1.0), (1.0, 3.0)], 0.5) == 2 and between([(0.0, 1.0), (1.0, 3.0)], 9) == 3
-
-
-def test_output_weights_are_undone_on_the_output_factor(study):
-    name = study.names("tucker2")[0]
-    W, H, sigma = study.model.get_parameter(f"{name}.weight"), study.weights()[name], study.statistics()[name]
-    for format, ranks in (("tucker2", (5, 4)), ("tt", (5, 4)), ("cp", (20,))):
-        row = get_format(format)
-        errors = []
-        for weight in (H, None):
-            What = row.compose(factorise_weighted(row, W, ranks, sigma, weight), tuple(W.shape))
-            D = (W - What).detach().double().flatten(1)
-            errors.append(float(torch.einsum("op,oi,ij,pj->", H, D, sigma, D)))
-        assert errors[0] <= errors[1]
-
-
-def test_statistics_with_output_weights_steer_plan_and_decompose(net, digits, tmp_path):
-    batches = calibration_batches(digits, 300)
-    reference, kl = logits(net, batches), []
-    for output_weights in (False, True):
-        tdlib.statistics(net, batches, ["conv[234]"], output_weights=output_weights).save(tmp_path / "s")
-        stats = tdlib.load_statistics(tmp_path / "s")
-        assert set(stats.weights) == (set(stats) if output_weights else set())
-        table = tdlib.plan(
-            net, (1, 8, 8), "tucker2", 3, skip=("conv1", "linear"), rule="global", statistics=stats
+def test_fitting_in_sequence_undoes_errors(trained, digits, uniform, by_harm, kl):
+    at_once, fitted, best = (
+        distribution_aware(trained, digits, plan, samples=SAMPLES, **steps)[0]
+        for plan, steps in (
+            (uniform, {}),
+            (uniform, {"sequential": True}),
+            (by_harm, {"sequential": True, "weigh_outputs": True}),
         )
-        kl.append(divergence(reference, logits(tdlib.decompose(net, table, stats), batches)))
-    assert kl[1] < kl[0]
+    )
+    assert kl(fitted) < 0.3 * kl(at_once)
+    assert kl(best) < 0.5 * kl(fitted)
+    about = tdlib.provenance(fitted)
+    assert about.plan == uniform.to_dict() and about.layers == dict(uniform)
 
 
-def test_layers_are_replaced_in_the_order_in_which_they_run(net, digits):
-    x = torch.randn(1, *digits.input_shape)
-    assert call_order(net, ["conv3", "conv1", "conv2"], x) == ["conv1", "conv2", "conv3"]
+def test_one_layer_in_sequence_is_that_layer_at_once(trained, batches, stats):
+    plan = tdlib.plan(trained, (1, 8, 8), "tucker2", ranks={"conv2": (4, 4)})
+    at_once = tdlib.decompose(trained, plan, without_fisher(stats))
+    fitted = in_sequence(trained, plan, batches, {})
+    torch.testing.assert_close(
+        tdlib.to_dense(at_once.conv2), tdlib.to_dense(fitted.conv2), atol=1e-3, rtol=1e-3
+    )
 
 
-def test_one_layer_in_sequence_equals_that_layer_at_once(study):
-    table = tdlib.plan(study.model, (1, 8, 8), "tucker2", ranks={"conv2": (4, 4)})
-    a = at_once(study.model, table, study.statistics())
-    b = in_sequence(study.model, table, study.batches)
-    torch.testing.assert_close(tdlib.to_dense(a.conv2), tdlib.to_dense(b.conv2), atol=1e-3, rtol=1e-3)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_bias_correction_restores_mean_outputs(trained, digits, batches, sequential):
+    plan = tdlib.plan(trained, (1, 8, 8), "tucker2", ranks={"conv2": (4, 4)})
+
+    def shift(network):
+        """Of the mean output of the BatchNorm behind the layer, per channel."""
+        found = []
+        for net in (trained, network):
+            with net.bn2.register_forward_hook(lambda _, __, out: found.append(out.mean((0, 2, 3)))):
+                logits(net, [torch.cat(batches)])
+        return float((found[0] - found[1]).norm() / found[0].norm())
+
+    plain, corrected = (
+        distribution_aware(
+            trained, digits, plan, samples=SAMPLES, sequential=sequential, bias_correction=correction
+        )[0]
+        for correction in (False, True)
+    )
+    assert shift(corrected) < 0.02 < 0.05 < shift(plain)
+
+
+def test_recalibration_takes_batchnorm_statistics_of_the_calibration_inputs(
+    trained, digits, uniform, batches, kl
+):
+    plain, fresh = (
+        distribution_aware(trained, digits, uniform, samples=SAMPLES, recalibrate=again)[0]
+        for again in (False, True)
+    )
+    assert kl(fresh) < 0.6 * kl(plain)
+    assert same_weights(fresh, tdlib.recalibrate_batchnorm(plain, batches))
+
+
+# -- through compress
+
+
+def test_compress_takes_all_steps_or_the_papers_way(trained, digits, uniform, by_harm):
+    quiet = {"samples": SAMPLES, "progress": False}
+    best = tdlib.compress(trained, "distribution-aware", digits, ratio=3, **quiet)
+    steps = {"sequential": True, "weigh_outputs": True}
+    assert same_weights(best, distribution_aware(trained, digits, by_harm, samples=SAMPLES, **steps)[0])
+    settings = tdlib.provenance(best).report["settings"]
+    assert settings.items() >= {**steps, "rule": "global"}.items()
+    off = dict.fromkeys(steps, False)
+    paper = tdlib.compress(trained, "distribution-aware", digits, ratio=3, rule="uniform", **off, **quiet)
+    assert same_weights(paper, distribution_aware(trained, digits, uniform, samples=SAMPLES)[0])
+    theirs, ours = (tdlib.provenance(net).report["after"]["test"] for net in (paper, best))
+    assert theirs < ours - 10
+
+
+def test_unlabelled_batches_are_enough_and_gone_through_once(trained, digits):
+    inputs = [x for x, _ in digits.batches("train", 100)]
+    settings = {"ratio": 3, "samples": 250, "progress": False}
+    listed, once = (
+        tdlib.compress(trained, "distribution-aware", source, **settings) for source in (inputs, iter(inputs))
+    )
+    assert same_weights(listed, once)
+    assert not {"dense", "before", "after"} & set(tdlib.provenance(once).report)
+    assert tdlib.train.accuracies(once, digits)["test"] > 90
+
+
+def test_statistics_of_other_data_can_be_used(trained, digits, tmp_path):
+    inputs = [x.flip(3) for x, _ in digits.batches("train", 200)]
+    found = tdlib.statistics(trained, inputs)
+    found.save(tmp_path / "other.safetensors")
+    settings = {"ratio": 2, "samples": 200, "progress": False}
+    small = tdlib.compress(
+        trained, "distribution-aware", digits, statistics=str(tmp_path / "other.safetensors"), **settings
+    )
+    report = tdlib.provenance(small).report
+    assert report["settings"]["sequential"] is False and report["before"]["test"] > 50
+    assert {row["layer"] for row in report["history"]["layers"]} == set(report["plan"]["layers"])
+    # ranks by harm and outputs weighed all the same: H is taken from the data, Sigma from the file
+    batches = calibration_batches(digits, 200)
+    H = tdlib.statistics(trained, batches, ["conv[234]"], output_weights=True).weights
+    both = tdlib.Statistics(found, found.means, found.counts, H)
+    plan = planned(trained, digits, format="tucker2", ratio=2, rule="global", statistics=both)
+    assert same_weights(small, tdlib.decompose(trained, plan, both))
+    with pytest.raises(CheckpointError):
+        tdlib.compress(trained, "distribution-aware", digits, statistics="nowhere.safetensors", **settings)
+
+
+def test_explicit_ranks(trained, digits):
+    small = tdlib.compress(
+        trained, "distribution-aware", digits, ranks={"conv[34]": (6, 6)}, samples=200, progress=False
+    )
+    about = tdlib.provenance(small)
+    assert {n: layer.ranks for n, layer in about.layers.items()} == {"conv3": (6, 6), "conv4": (6, 6)}
+    assert about.plan["rule"] == "explicit"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"ratio": 1e4}, BudgetError, "best reachable"),
+        ({"ratio": 2, "format": "tr"}, UnknownName, "cp, cp4, tt, tucker2"),
+        ({"ratio": 2, "format": "svd"}, UnknownName, "cp, cp4, tt, tucker2"),
+        ({"ratio": 2, "by": "flops"}, UnknownName, "macs"),
+        ({"ratio": 2, "skip": ["conv*", "linear"]}, TdlibError, "nothing to compress"),
+        ({"ranks": {"conv9": (2, 2)}}, UnknownName, "conv2"),
+    ],
+)
+def test_what_cannot_be_done_says_so(trained, digits, settings, error, message):
+    with pytest.raises(error, match=message):
+        tdlib.compress(trained, "distribution-aware", digits, samples=100, progress=False, **settings)
+
+
+def test_no_inputs_are_an_error(trained, uniform):
+    for run in (
+        lambda: tdlib.compress(trained, "distribution-aware", [], ratio=2),
+        lambda: distribution_aware(trained, [], uniform),
+    ):
+        with pytest.raises(DataError, match="no calibration inputs"):
+            run()
 
 
 @pytest.mark.parametrize("sequential", [True, False])
-def test_progress_shows_every_stage(study, capsys, sequential):
-    arguments = dict(ratio=2.0, samples=40, sequential=sequential, evaluate=False)
-    quiet = tdlib.compress(study.model, "distribution-aware", study.data, **arguments)
+def test_progress_shows_every_stage_and_changes_nothing(trained, digits, capsys, sequential):
+    arguments = {"ratio": 2.0, "samples": 40, "sequential": sequential}
+    quiet = tdlib.compress(trained, "distribution-aware", digits, progress=False, **arguments)
     assert capsys.readouterr().err == ""
-    shown = tdlib.compress(study.model, "distribution-aware", study.data, progress=True, **arguments)
+    shown = tdlib.compress(trained, "distribution-aware", digits, **arguments)
     bars = capsys.readouterr().err
     assert all(stage in bars for stage in ("statistics", "sensitivity", "ranks", "decomposition"))
-    assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), shown.parameters(), strict=True))
+    assert same_weights(quiet, shown)

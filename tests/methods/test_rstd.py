@@ -1,4 +1,4 @@
-"""RsTD: kernels shuffled and trained through their cores, and the claim for it. The layers are tested with formats."""
+"""RsTD: plans of shuffled kernels, training of their cores, and the claim for it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def test_plans_meet_the_ratio_with_permutations_of_their_own(format, digits) -> 
 
 
 def test_the_unshuffled_counterparts(digits) -> None:
-    shapes = {}
-    for arm, options in {"shuffled": {}, "folded": {"shuffle": False}, "three": {"order": 3}}.items():
-        plan = shuffled_plan(net(digits), digits, ratio=4.0, **options)
-        assert all(layer.options["shuffle"] is (arm != "folded") for layer in plan.values())
-        shapes[arm] = {name: layer.bind((32, 32, 3, 3)).extents for name, layer in plan.items() if name == "conv4"}
-    assert shapes["shuffled"] == shapes["folded"] and len(shapes["three"]["conv4"]) == 3
-    plan = shuffled_plan(net(digits), digits, ratio=4.0, shuffle=False, modes="kernel")
-    assert plan["conv4"].bind((32, 32, 3, 3)).extents == (32, 32, 3, 3)
+    arms = {
+        "shuffled": {}, "folded": {"shuffle": False}, "three": {"order": 3},
+        "kernel": {"shuffle": False, "modes": "kernel"},
+    }  # fmt: skip
+    layers = {arm: shuffled_plan(net(digits), digits, ratio=4.0, **arms[arm])["conv4"] for arm in arms}
+    extents = {arm: layer.bind((32, 32, 3, 3)).extents for arm, layer in layers.items()}
+    assert [arm for arm, layer in layers.items() if layer.options["shuffle"]] == ["shuffled", "three"]
+    assert extents["shuffled"] == extents["folded"] and len(extents["folded"]) == 4
+    assert len(extents["three"]) == 3 and extents["kernel"] == (32, 32, 3, 3)
 
 
 @pytest.mark.parametrize("format", FORMATS)

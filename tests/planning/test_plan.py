@@ -296,6 +296,20 @@ def test_global_with_statistics_looks_at_the_inputs():
         tdlib.plan(model, (40,), format="svd", ratio=2, rule="global", statistics={"0": narrow})
 
 
+def test_global_with_fisher_weights_looks_at_the_outputs():
+    """The same kernel and inputs twice, but only 5 of the second layer's 40 outputs matter."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(40, 40))[0]
+    model = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(q)
+    all_, few = torch.eye(40, dtype=torch.float64), torch.diag((torch.arange(40) < 5).double())
+    stats = tdlib.Statistics({"0": all_, "1": all_}, {}, {}, weights={"0": all_, "1": few})
+    plan = tdlib.plan(model, (40,), format="svd", ratio=2, rule="global", statistics=stats)
+    assert plan.ranks["1"][0] <= 6 < plan.ranks["0"][0]
+
+
 def test_global_ranks_of_curves_by_hand():
     curves = {
         "a": [((1,), 10, 0.9), ((2,), 20, 0.2), ((3,), 30, 0.19)],
