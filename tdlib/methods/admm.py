@@ -173,7 +173,7 @@ class ADMM(Hook):
         if state["settings"] != self._settings():
             there = state["settings"]
             raise CheckpointError(f"the checkpoint's ADMM had {there}, this one has {self._settings()}")
-        self.z, self.u = dict(state["z"]), {n: 0 * u for n, u in state["u"].items()}
+        self.z, self.u = dict(state["z"]), dict(state["u"])
         self._updated, self.seconds = int(state["updated"]), float(state["seconds"])
         self._place()
 

@@ -144,7 +144,7 @@ def compress(
     if not labelled and (row.labels or epochs):
         raise DataError(f"{method!r} needs a data set with labels to train on, got a {type(data).__name__}")
 
-    dense = copy.deepcopy(model) if device is None else copy.deepcopy(model).to(device)
+    dense = model if device is None else copy.deepcopy(model).to(device)
     inputs = data if labelled else calibration_batches(data, hyper.get("samples", 1000))
     given = {**row.defaults, **asked}
     if row.prepare:

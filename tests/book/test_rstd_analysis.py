@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import tdlib
 from tdbook import rstd_analysis
-from tdlib.errors import DataError
-from tdlib.methods import rstd
+from tdlib.errors import BudgetError, DataError
+from tdlib.methods.rstd import shuffled_plan
 
+ARMS = {"shuffled": {}, "folded": {"shuffle": False}, "kernel": {"shuffle": False, "modes": "kernel"}}
 TRAINING = {"batch_size": 64, "device": "cpu", "progress": False}
 
 
@@ -30,9 +34,7 @@ def test_shuffled_structure_decomposes_like_noise(digits) -> None:
     with torch.no_grad():
         kernel = torch.einsum("or,ir,kr->oik", *(torch.randn(n, 3) for n in (32, 32, 9)))
         model.conv4.weight.copy_(kernel.reshape(32, 32, 3, 3))
-    plan = rstd.shuffled_plan(model, digits, "tt", 4.0)
-    variants = {"shuffled": {}, "folded": {"shuffle": False}, "kernel": {"shuffle": False, "modes": "kernel"}}
-    errors = rstd_analysis.projection_errors(model, plan, variants)
+    errors = rstd_analysis.projection_errors(model, shuffled_plan(model, digits, ratio=4.0), ARMS)
     at = errors[errors["layer"] == "conv4"].set_index("variant")
     assert at["error"]["kernel"] < 0.05 and at["error"]["folded"] < 0.8 * at["error"]["shuffled"]
     assert at["error"]["shuffled"] == pytest.approx(at["error"]["noise"], abs=0.08)
@@ -76,3 +78,28 @@ def test_shuffled_pixels_keep_images_labels_and_statistics(digits) -> None:
 def test_effective_rank_of_known_spectra() -> None:
     assert rstd_analysis.effective_rank(torch.ones(8)) == pytest.approx(1.0)
     assert rstd_analysis.effective_rank(torch.tensor([1.0, 0, 0, 0])) == pytest.approx(0.25)
+
+
+def test_every_arm_reaches_the_ratios_of_the_grid(digits) -> None:
+    model = net(digits)
+    grid = rstd_analysis.ratio_grid(model, digits, "tt", ARMS)
+    assert len(grid) == 5 and 1 < grid[0] < grid[-1] <= 16
+    for ratio, options in itertools.product(grid, ARMS.values()):
+        assert shuffled_plan(model, digits, ratio=ratio, **options).ratio == pytest.approx(ratio, rel=0.02)
+    with pytest.raises(BudgetError, match="skip fewer layers"):
+        rstd_analysis.ratio_grid(model, digits, "tt", {"classifier": {"skip": ["conv*"]}})
+
+
+def test_stability_is_the_range_over_ratios_of_each_seed() -> None:
+    rows = itertools.product(("shuffled", "kernel"), (2.0, 4.0), (0, 1))
+    table = pd.DataFrame(rows, columns=["method", "ratio", "seed"])
+    table["test_accuracy"] = [90.0, 92, 89, 91, 90, 90, 80, 70]
+    found = rstd_analysis.stability(table)
+    assert found["range_over_ratios"].to_dict() == {"shuffled": 1.0, "kernel": 15.0}
+    assert found["worst"].to_dict() == {"shuffled": 90.0, "kernel": 75.0}
+
+
+def test_older_records_name_their_arm_by_a_flag() -> None:
+    saved = {"method": ["rstd", "folded", "rstd", "shuffled"], "shuffled": [True, False, False, None]}
+    named = rstd_analysis.by_arm(pd.DataFrame(saved))
+    assert named["method"].to_list() == ["shuffled", "folded", "kernel", "shuffled"]

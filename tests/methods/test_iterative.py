@@ -199,13 +199,16 @@ def test_the_way_to_the_budget(format, rule, by, ratio, digits, trained, tmp_pat
 
 def test_fine_tuning_stops_early_and_keeps_its_best_epoch(digits, trained) -> None:
     plan = goal(trained, digits, ratio=2.0, by="macs")
-    _, tables = iterative(
-        trained, digits, plan, rule="nx", stage_epochs=20, patience=1, stage_lr=1e-8, **TRAINING
-    )
+    settings = {"rule": "nx", "stage_epochs": 20, "patience": 2, "stage_lr": 0.2, "schedule": "constant"}
+    small, tables = iterative(trained, digits, plan, **settings, **TRAINING)
+    lost = []
     for stage in tables["stages"]:
-        rows = [row for row in tables["finetune"] if row["pass"] == stage["pass"]]
-        assert stage["epochs"] == len(rows) < 20
-        assert stage["val_after"] == pytest.approx(max(row["val_accuracy"] for row in rows))
+        rows = [row["val_accuracy"] for row in tables["finetune"] if row["pass"] == stage["pass"]]
+        assert stage["epochs"] == len(rows) < 20 and max(rows) in rows[:-2]
+        assert stage["val_after"] == pytest.approx(max(rows))
+        lost.append(max(rows) - rows[-1])
+    assert max(lost) > 1  # points that the last epoch had lost again
+    assert tdlib.train.accuracies(small, digits)["val"] == pytest.approx(stage["val_after"])
     assert [row["epoch"] for row in tables["finetune"]] == list(range(len(tables["finetune"])))
 
 
