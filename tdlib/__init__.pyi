@@ -19,13 +19,13 @@ from .formats import to_dense as to_dense
 from .io import load as load
 from .io import save as save
 from .methods import compress as compress
+from .network import Provenance as Provenance
+from .network import provenance as provenance
 from .planning import Comparison as Comparison
 from .planning import Cost as Cost
 from .planning import Plan as Plan
 from .planning import compare as compare
 from .planning import count as count
 from .planning import plan as plan
-from .provenance import Provenance as Provenance
-from .provenance import provenance as provenance
 
 __version__: str

@@ -21,7 +21,7 @@ from tdlib.errors import CheckpointError, TdlibError
 from tdlib.files import write_atomic
 from tdlib.formats import LayerPlan, skeleton
 from tdlib.models import build
-from tdlib.provenance import Provenance, attach, provenance
+from tdlib.network import Provenance, attach, provenance
 
 KEY, VERSION = "tdlib", 2
 

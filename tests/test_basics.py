@@ -8,8 +8,7 @@ from torch import nn
 
 from tdlib.errors import TdlibError, needs, unknown
 from tdlib.files import write_atomic
-from tdlib.modes import evaluating
-from tdlib.provenance import Provenance, provenance
+from tdlib.network import Provenance, attach, evaluating, provenance
 
 
 def test_of_many_valid_names_only_the_nearest_are_listed():
@@ -49,6 +48,7 @@ def test_every_module_gets_its_mode_back_also_after_an_error():
 def test_provenance_stays_with_the_network_and_its_copies():
     net = nn.Linear(2, 2)
     assert provenance(net) == Provenance()
+    attach(net, Provenance())
     provenance(net).report["seconds"] = 3.0
     other = copy.deepcopy(net)
     provenance(other).report["seconds"] = 4.0

@@ -14,7 +14,7 @@ import tdlib
 from tdlib.errors import CheckpointError
 from tdlib.formats import LayerPlan, skeleton
 from tdlib.io import size_on_disk
-from tdlib.provenance import provenance
+from tdlib.network import provenance
 
 V0 = Path(__file__).parent / "fixtures" / "v0"  # written by the version before, with what they gave there
 EXPECTED = json.loads((V0 / "expected.json").read_text())

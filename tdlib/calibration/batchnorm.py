@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdlib.calibration.statistics import Statistics
 from tdlib.calibration.passes import inputs_of, no_inputs, placed
+from tdlib.calibration.statistics import Statistics
 from tdlib.errors import DataError
 from tdlib.formats import to_dense
-from tdlib.modes import evaluating
+from tdlib.network import evaluating
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # what BatchNorm1d, 2d, 3d and SyncBatchNorm have in common
 

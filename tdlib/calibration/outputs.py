@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdlib.calibration.passes import inputs_of, placed
-from tdlib.modes import evaluating
+from tdlib.network import evaluating
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.errors import DataError, NonFiniteError
-from tdlib.modes import evaluating
+from tdlib.network import evaluating
 
 
 def calibration_batches(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tdlib.calibration.moments import accumulator
 from tdlib.calibration.passes import check_finite, inputs_of, no_inputs, placed
 from tdlib.errors import DataError
-from tdlib.modes import evaluating
+from tdlib.network import evaluating
 
 TEMPERATURE = 4.0  # of the predictions from which `statistics(output_weights=True)` draws labels
 

@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tdlib.calibration.moments import accumulator
 from tdlib.calibration.passes import run
 from tdlib.calibration.sensitivity import TEMPERATURE, damped, fisher
 from tdlib.errors import CheckpointError, DataError
 from tdlib.files import write_atomic
-from tdlib.progress import track
 
 
 class Statistics(Mapping[str, Tensor]):
@@ -121,7 +121,8 @@ def statistics(
     if output_weights:
         batches = list(batches)  # gone through twice
     moments = {n: accumulator(m, n, positions, generator) for n, m in chosen.items()}
-    run(model, track(batches, "statistics", "batch", progress), {n: m.update for n, m in moments.items()})
+    shown = tqdm(batches, "statistics", unit="batch", disable=not progress)
+    run(model, shown, {n: m.update for n, m in moments.items()})
     sigmas, means, counts = {}, {}, {}
     for name, moment in moments.items():
         if moment.count == 0:
@@ -133,7 +134,7 @@ def statistics(
         sigmas[name] = shrink(sigma, shrinkage_for(name, len(sigma), moment.count))
     if not output_weights:
         return Statistics(sigmas, means, counts)
-    again = track(batches, "sensitivity", "batch", progress)
+    again = tqdm(batches, "sensitivity", unit="batch", disable=not progress)
     found = fisher(model, again, list(chosen), temperature=TEMPERATURE, seed=seed)
     return Statistics(sigmas, means, counts, {n: damped(h) for n, h in found.items()})
 

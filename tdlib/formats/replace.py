@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tdlib.errors import DataError, NonFiniteError, TdlibError, unknown
 from tdlib.formats.base import KernelFormat, LayerPlan, get_format
 from tdlib.formats.chains import Layer
-from tdlib.progress import track
-from tdlib.provenance import attach, provenance
+from tdlib.network import attach, provenance
 
 
 def decompose(
@@ -79,7 +79,7 @@ def _replaced(
     result = copy.deepcopy(model)
     about = provenance(result)
     attach(result, about)
-    for name in track(list(plan), "decomposition", "layer", progress):
+    for name in tqdm(list(plan), "decomposition", unit="layer", disable=not progress):
         planned, layer = LayerPlan.of(plan[name]), _find(result, name)
         try:
             bound = planned.bind(layer.weight.shape)

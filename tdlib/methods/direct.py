@@ -14,8 +14,8 @@ from torch import nn
 
 from tdlib.formats import decompose, skeleton
 from tdlib.models import build
+from tdlib.network import provenance
 from tdlib.planning import Plan
-from tdlib.provenance import provenance
 from tdlib.train import fit_selected
 
 Tables = dict[str, list[dict[str, Any]]]

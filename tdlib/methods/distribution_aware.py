@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tdlib import calibration
 from tdlib.calibration import TEMPERATURE, Statistics, calibration_batches, damped, fisher, load_statistics
@@ -34,10 +35,9 @@ from tdlib.calibration.statistics import shrink, shrinkage_for
 from tdlib.decompositions.sigma import corrected_target, sigma_error
 from tdlib.formats import decompose, install, to_dense
 from tdlib.methods.direct import Tables
+from tdlib.network import attach, provenance
 from tdlib.planning import Plan, count, end_layers
 from tdlib.planning.candidates import candidates
-from tdlib.progress import track
-from tdlib.provenance import attach, provenance
 
 Given = Statistics | str | Path | None
 
@@ -93,7 +93,7 @@ def statistics_of(
     found = load_statistics(given) if isinstance(given, str | Path) else given
     weights = found.weights if weigh_outputs else {}
     if weigh_outputs and not weights:
-        passes = track(batches, "sensitivity", "batch", progress)
+        passes = tqdm(batches, "sensitivity", unit="batch", disable=not progress)
         information = fisher(model, passes, layers, temperature=TEMPERATURE, seed=seed)
         weights = {name: damped(H) for name, H in information.items()}
     return Statistics(found, found.means, found.counts, weights)
@@ -116,7 +116,7 @@ def in_sequence(
     """
     small = decompose(model, {})
     order = calibration.call_order(model, plan, batches[0][:1])
-    for name in track(order, "decomposition", "layer", progress):
+    for name in tqdm(order, "decomposition", unit="layer", disable=not progress):
         layer: Any = model.get_submodule(name)
         W, bound = layer.weight.detach(), plan[name].bind(layer.weight.shape)
         p = calibration.paired(model, small, name, batches)

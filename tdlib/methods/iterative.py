@@ -41,11 +41,11 @@ from tdlib.errors import NonFiniteError, TdlibError, unknown
 from tdlib.formats import Factors, LayerPlan, Ranks, install, to_dense
 from tdlib.formats.chains import bias_of
 from tdlib.methods.direct import Tables
+from tdlib.network import attach, provenance
 from tdlib.planning import Plan, count, end_layers
 from tdlib.planning.budget import Budget, Choice, make_budget, spent
 from tdlib.planning.candidates import Candidate, candidates
 from tdlib.planning.shrinking import accept, check_reachable, check_rule, next_ranks, trim
-from tdlib.provenance import attach, provenance
 from tdlib.train import EarlyStopping, evaluate, fit, require_finished, stage
 
 FORMATS = ("tucker2", "cp")

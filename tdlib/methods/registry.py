@@ -18,8 +18,8 @@ from torch import nn
 
 from tdlib.calibration import calibration_batches
 from tdlib.errors import DataError, TdlibError, needs, unknown
+from tdlib.network import attach, provenance
 from tdlib.planning import Plan, end_layers, plan
-from tdlib.provenance import attach, provenance
 from tdlib.train import accuracies, fit, fit_selected, stage
 
 FACTORISED = ("tt", "tucker2", "cp", "cp4", "svd", "tr", "tt-matrix")

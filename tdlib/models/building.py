@@ -13,7 +13,7 @@ from tdlib.models.cifar_resnet import DEPTHS, CifarResNet
 from tdlib.models.external import build_timm, build_torchvision, torchvision_names
 from tdlib.models.small import LSTMClassifier, SmallCNN
 from tdlib.models.weights import load_weights, read_state_dict
-from tdlib.provenance import Provenance, attach
+from tdlib.network import Provenance, attach
 
 OWN = (*DEPTHS, "cnn", "lstm")
 ZOO = Path(__file__).parent / "zoo"

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from tdlib.errors import TdlibError, needs
 from tdlib.io import once, size_on_disk
-from tdlib.modes import evaluating
+from tdlib.network import evaluating, provenance
 from tdlib.planning.cost import count
-from tdlib.provenance import provenance
 
 WHOLE = "whole network"
 NOTE = (

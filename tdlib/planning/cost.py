@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdlib.errors import TdlibError, needs
-from tdlib.modes import evaluating
+from tdlib.network import evaluating
 
 Call = tuple[tuple[int, ...], tuple[int, ...]]  # input shape, output shape
 NORMS = (

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from tqdm import tqdm
 
 from tdlib.decompositions.ranks import evbmf_rank
 from tdlib.errors import TdlibError
@@ -32,7 +33,6 @@ from tdlib.planning.curves import (
     weight_curve,
     whitened,
 )
-from tdlib.progress import track
 
 
 @dataclass
@@ -122,7 +122,7 @@ def global_(candidates: Sequence[Candidate], request: Request) -> Choice:
             return harm_curve(c, statistics, weights)
         return harm(weight_curve(c, whitened(c, statistics)))
 
-    curves = {c.name: curve(c) for c in track(candidates, "ranks", "layer", request.progress)}
+    curves = {c.name: curve(c) for c in tqdm(candidates, "ranks", unit="layer", disable=not request.progress)}
     costs = {c.name: c.cost(None) for c in candidates}
     for share in range(100, 50, -2):  # rounding to multiples of a rank may exceed the budget
         picked = global_ranks(curves, costs, budget.limit * share / 100)

@@ -3,10 +3,17 @@
 from tdlib.train.evaluation import agreement, evaluate, inference
 from tdlib.train.hooks import Context, Hook
 from tdlib.train.loop import fit
-from tdlib.train.options import require_finished, stage, training_options
 from tdlib.train.run import History
 from tdlib.train.schedule import learning_rate
-from tdlib.train.selection import EarlyStopping, KeepBest, accuracies, fit_selected, recalibrated
+from tdlib.train.stages import (
+    EarlyStopping,
+    KeepBest,
+    accuracies,
+    fit_selected,
+    recalibrated,
+    require_finished,
+    stage,
+)
 
 __all__ = [
     "Context",
@@ -24,5 +31,4 @@ __all__ = [
     "recalibrated",
     "require_finished",
     "stage",
-    "training_options",
 ]

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tdlib.errors import TdlibError, needs, unknown
-from tdlib.progress import bar
 from tdlib.train.hooks import Context
 
 
@@ -164,7 +164,7 @@ class Progress:
     """A bar over all steps with loss, accuracy and time left. On a GPU the numbers change once per epoch."""
 
     def __init__(self, show: bool, total: int, done: int) -> None:
-        self.bar = bar(None, None, "step", show, total=total, initial=done)
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=not show, dynamic_ncols=True)
         self.show = show
 
     def __enter__(self) -> Progress:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from tdlib.data import Bundle
 from tdlib.errors import DataError
-from tdlib.modes import evaluating
+from tdlib.network import evaluating
 
 
 def evaluate(

@@ -11,7 +11,7 @@ from tdlib.errors import DataError, NonFiniteError, RankError, TdlibError, Unkno
 from tdlib.formats import LayerPlan, decompose, install, skeleton, to_dense
 from tdlib.formats.chains import Chain
 from tdlib.formats.contraction import RingConv2d
-from tdlib.provenance import Provenance, attach, provenance
+from tdlib.network import Provenance, attach, provenance
 
 
 class Net(nn.Module):

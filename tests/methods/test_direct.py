@@ -9,8 +9,8 @@ from torch import nn
 import tdlib
 from tdlib.methods.direct import direct, scratch, untrained
 from tdlib.methods.registry import planned
+from tdlib.network import Provenance, attach
 from tdlib.planning import end_layers
-from tdlib.provenance import Provenance, attach
 
 TRAINING = {"batch_size": 64, "device": "cpu", "progress": False}
 

@@ -12,7 +12,7 @@ from tdlib import models
 from tdlib.errors import ClassCountError, DataError, TdlibError, UnknownName
 from tdlib.models import building
 from tdlib.models import weights as weight_files
-from tdlib.provenance import Provenance, provenance
+from tdlib.network import Provenance, provenance
 
 
 def _count(net):

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from train_helpers import tiny_bundle, tiny_model
 
 from tdlib import train
-from tdlib.errors import TdlibError, UnknownName
+from tdlib.errors import TdlibError
 from tdlib.train import EarlyStopping, KeepBest
 
 QUIET = {"progress": False, "device": "cpu", "batch_size": 16}
@@ -95,12 +95,6 @@ def test_stages_have_their_own_folders_and_share_the_time(tmp_path):
     assert options["checkpoint"] == tmp_path / "dense" and options["lr"] == 0.1
     assert options["max_minutes"] < 5.0
     assert train.stage({"lr": 0.1}, "dense", started=0.0) == {"lr": 0.1}
-
-
-def test_unknown_training_options_are_listed():
-    assert train.training_options({"lr": 0.1}, lr=0.2, seed=3) == {"lr": 0.1, "seed": 3}
-    with pytest.raises(UnknownName, match="batch_size"):
-        train.training_options({"batchsize": 3})
 
 
 def test_training_without_accelerate_names_the_extra(monkeypatch):

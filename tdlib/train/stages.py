@@ -1,10 +1,14 @@
-"""Which epoch's weights are kept: chosen on the validation split, never on test; and how good they are."""
+"""Training in stages: which epoch's weights are kept (chosen on validation, never on test), how good they are,
+and what is left of the time for the next stage.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +16,10 @@ from torch import Tensor, nn
 
 from tdlib.calibration import recalibrate_batchnorm
 from tdlib.data import Bundle
+from tdlib.errors import TdlibError
 from tdlib.train.evaluation import evaluate
 from tdlib.train.hooks import Context, Hook
 from tdlib.train.loop import fit
-from tdlib.train.options import require_finished
 from tdlib.train.run import History
 
 
@@ -111,3 +115,24 @@ def recalibrated(
         batches = data.batches("train", size, device=place)
         recalibrate_batchnorm(fresh.to(place), (x for x, _ in islice(batches, max(1, images // size))))
     return accuracies(fresh, data, device)
+
+
+def stage(training: Mapping[str, Any], name: str, started: float) -> dict[str, Any]:
+    """The options for one stage of several: its own checkpoint folder ``name``, and what is left of
+    ``max_minutes`` since ``started`` (of ``time.perf_counter()``).
+    """
+    options = dict(training)
+    if options.get("checkpoint") is not None:
+        options["checkpoint"] = Path(options["checkpoint"]) / name
+    if options.get("max_minutes") is not None:
+        options["max_minutes"] = max(0.01, options["max_minutes"] - (time.perf_counter() - started) / 60)
+    return options
+
+
+def require_finished(history: History) -> None:
+    """Raises TdlibError where the time limit came before the end of this stage."""
+    if not history.finished:
+        raise TdlibError(
+            f"the time limit came after {len(history.rows)} epochs of this stage; "
+            "start the same run again with the same checkpoint directory to continue"
+        )
