@@ -1,7 +1,7 @@
-"""Arms × ratios × seeds: from one dense network several roads lead to compressed ones; what each keeps and costs.
+"""Arms × ratios × seeds: several roads from one dense network to compressed ones; what each keeps and costs.
 
-Every chapter runs `experiment`. Its rows are tidy: one for each arm, ratio and seed, all with the same columns; a
-record of a row is the row.
+Every chapter runs `experiment`. Its rows are tidy: one for each arm, ratio and seed, all with the same
+columns; a record of a row is the row.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import pandas as pd
 from torch import Tensor, nn
 
 import tdlib
+from tdbook.records import parameter_hash, read_record, record
 from tdlib.data import Bundle
 from tdlib.errors import BudgetError
 from tdlib.methods.registry import accepted
 from tdlib.planning import Plan
 from tdlib.train import accuracies, agreement, fit, fit_selected, recalibrated, stage
-
-from tdbook.records import parameter_hash, read_record, record
 
 Tables = dict[str, list[dict[str, Any]]]
 Key = tuple[str, float, int]
@@ -36,11 +35,12 @@ class Arm:
     """One road from the dense network to a compressed one.
 
     run: (model, data, plan, *, ...) -> (network, tables), a method of `tdlib.methods` or a partial of it.
-    plan: (network, ratio, seed) -> plan. start: (model, data, *, ...) -> (network, tables), what comes before where
-    the arm does not start from the dense network itself; done once per seed for all arms that share it, its
-    seconds, images and tables count in every row. finetune: arguments of `train.fit` for the training after `run`;
-    none without epochs. trains: `run` itself trains with labels. scratch: it keeps no weight of the dense network,
-    so there is no accuracy right after compression. columns: tables -> further columns of the row.
+    plan: (network, ratio, seed) -> plan. start: (model, data, *, ...) -> (network, tables), what comes before
+    where the arm does not start from the dense network itself; done once per seed for all arms that share it,
+    its seconds, images and tables count in every row. finetune: arguments of `train.fit` for the training
+    after `run`; none without epochs. trains: `run` itself trains with labels. scratch: it keeps no weight of
+    the dense network, so there is no accuracy right after compression. columns: tables -> further columns of
+    the row.
     """
 
     run: Callable[..., tuple[nn.Module, Tables]]
@@ -64,9 +64,9 @@ class Start:
 
 @dataclass
 class Results:
-    """rows: see `experiment`. By (method, ratio, seed): tables (histories), and of the arms that ran here, not
-    read from a record, networks and plans. dense: seed -> the network that all arms started from. starts: by
-    (method, seed), the networks of arms that begin otherwise."""
+    """rows: see `experiment`. By (method, ratio, seed): tables (histories), and of the arms that ran here,
+    not read from a record, networks and plans. dense: seed -> the network that all arms started from.
+    starts: by (method, seed), the networks of arms that begin otherwise."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[Key, Tables] = field(default_factory=dict)
@@ -124,21 +124,23 @@ def experiment(
 ) -> Results:
     """Run every arm at every ratio and seed.
 
-    dense: seed -> the trained network. reference: (dense network, seed) -> the network that rows are compared with,
-    where the dense one has to train on for as many epochs as the arms; once per seed. training: arguments of `train.fit` for all training alike (batch_size,
-    device, precision, checkpoint, max_minutes, ...); an arm's own go before. recorder: writes a record of every
-    row as soon as it is there; rows whose record exists are read instead of run, so a stopped experiment
-    continues. progress: say when a row is there, and show bars. An arm that cannot reach a ratio has no row
-    there, and says so.
+    dense: seed -> the trained network, moved to the device of `training`. reference: (dense network, seed) ->
+    the network that rows are compared with, where the dense one has to train on for as many epochs as the
+    arms; once per seed, and it must not change the dense one. training: arguments of `train.fit` for all
+    training alike (batch_size, device, precision, checkpoint, max_minutes, ...); an arm's own go before.
+    recorder: writes a record of every row as soon as it is there; rows whose record exists are read instead
+    of run, so a stopped experiment continues. progress: say when a row is there, and show bars. An arm that
+    cannot reach a ratio has no row there, and says so.
 
     Columns: method (the arm), ratio (the target), by, seed. Accuracies in percent on the test split:
-    dense_test_accuracy, test_accuracy_before (right after the last decomposition), test_accuracy_recalibrated
-    (the same with BatchNorm re-estimated), test_accuracy (at the end; of the fine-tuning epochs that of the best
-    on validation), test_accuracy_last (after the last epoch of fine-tuning); and val_accuracy. agreement with the
-    dense network's top-1 (percent) and kl divergence from it (nats) on test, n images. params_ratio, macs_ratio
-    and speedup (measured, batch of one): dense / compressed. seconds: of the whole arm from the dense network on,
-    without measuring. images: inputs drawn from the training split; labels: whether their labels were used;
-    epochs: passes through the split with labels.
+    dense_test_accuracy, test_accuracy_before (right after the last decomposition),
+    test_accuracy_recalibrated (the same with BatchNorm re-estimated), test_accuracy (at the end; of the
+    fine-tuning epochs that of the best on validation), test_accuracy_last (after the last epoch of
+    fine-tuning); and val_accuracy. agreement with the dense network's top-1 (percent) and kl divergence from
+    it (nats) on test, n images. params_ratio, macs_ratio and speedup (measured, batch of one): dense /
+    compressed. seconds: of the whole arm from the dense network on, without measuring. images: inputs drawn
+    from the training split; labels: whether their labels were used; epochs: passes through the split with
+    labels.
     """
     results, started = Results(), time.perf_counter()
     same = {"progress": progress, **(training or {})}
@@ -150,14 +152,16 @@ def experiment(
         if found is None:
             options = stage({**same, "seed": seed}, f"{name}-{ratio:g}-{by}-{seed}", started)
             if seed not in results.dense:
-                results.dense[seed] = dense(seed)
-                references[seed] = results.dense[seed] if reference is None else reference(results.dense[seed], seed)
+                network = dense(seed).to(options.get("device"))
+                results.dense[seed] = network
+                references[seed] = network if reference is None else reference(network, seed)
             if (arm.start, seed) not in starts:
                 before = stage({**same, "seed": seed}, f"start-{name}-{seed}", started)
                 starts[arm.start, seed] = _start(arm, results.dense[seed], data, before)
-            results.starts[name, seed] = starts[arm.start, seed].network
+            start = starts[arm.start, seed]
+            results.starts[name, seed] = start.network
             try:
-                row, tables, small, plan = _run(arm, ratio, references[seed], starts[arm.start, seed], data, options)
+                row, tables, small, plan = _run(arm, ratio, references[seed], start, data, options)
             except BudgetError as problem:
                 print(f"{name} at {ratio:g}×: {problem}")
                 continue
@@ -177,7 +181,7 @@ def _start(arm: Arm, dense: nn.Module, data: Bundle, options: dict[str, Any]) ->
     if arm.start is None:
         return Start(dense)
     begun, counted = time.perf_counter(), CountedBundle.of(data)
-    network, tables = arm.start(dense, counted, **accepted(arm.start, options, fit))
+    network, tables = arm.start(dense, counted, **_taken(arm.start, options))
     return Start(network, tables, time.perf_counter() - begun, counted.drawn.get("train", 0))
 
 
@@ -190,13 +194,16 @@ def _run(
     measured: dict[str, float | None] = {}
 
     def measure(small: nn.Module) -> None:
+        measured["test_accuracy_before"] = accuracies(small, data, device)["test"]
+        measured["test_accuracy_recalibrated"] = recalibrated(small, data, device)["test"]
+
+    def on_decomposed(small: nn.Module) -> None:
         with watch.paused():
-            measured["test_accuracy_before"] = accuracies(small, data, device)["test"]
-            measured["test_accuracy_recalibrated"] = recalibrated(small, data, device)["test"]
+            measure(small)
 
     with watch.running():
         plan = arm.plan(start.network, ratio, options["seed"])
-        given = accepted(arm.run, {**options, "on_decomposed": measure}, fit)
+        given = _taken(arm.run, {**options, "on_decomposed": on_decomposed})
         small, tables = arm.run(start.network, counted, plan, **given)
     tables = {**start.tables, **tables}
     if not measured and not arm.scratch:
@@ -232,6 +239,11 @@ def _run(
         **arm.columns(tables),
     }
     return row, tables, small, plan
+
+
+def _taken(run: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that `run` takes; what a partial has set itself stays."""
+    return accepted(run, {**options, **getattr(run, "keywords", {})}, fit)
 
 
 class Watch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -16,48 +16,83 @@ from torch import Tensor, nn
 
 from tdlib.data import ArraySplit, Bundle
 from tdlib.data.augment import NONE
-from tdlib.errors import DataError
-from tdlib.layers.dense import to_dense
-from tdlib.layers.formats import get_format, project
+from tdlib.decompositions.linalg import singular_values
+from tdlib.errors import BudgetError, DataError
+from tdlib.formats import KernelFormat, LayerPlan, to_dense
+from tdlib.methods.rstd import shuffled_plan
 from tdlib.planning import Plan
-from tdlib.tensor.linalg import singular_values
+
+Variants = Mapping[str, Mapping[str, Any]]
 
 
-def projection_errors(
-    model: nn.Module, plan: Plan, variants: Mapping[str, Mapping[str, Any]], seed: int = 0
-) -> pd.DataFrame:
+def ratio_grid(
+    model: nn.Module,
+    data: Any,
+    format: str,
+    variants: Variants,
+    *,
+    low: float = 2.0,
+    high: float = 16.0,
+    count: int = 5,
+) -> list[float]:
+    """`count` ratios from `low` to at most `high` in equal factors that every variant reaches.
+
+    variants: name -> options of `shuffled_plan`. Raises: BudgetError where none is above 1.05.
+    """
+    while high > 1.05:
+        first = min(low, 1 + (high - 1) / 4)
+        grid = [round(first * (high / first) ** (k / (count - 1)), 2) for k in range(count)]
+        try:
+            for ratio in grid:
+                for options in variants.values():
+                    shuffled_plan(model, data, ratio=ratio, format=format, **options)
+            return grid
+        except BudgetError:
+            high *= 0.8
+    raise BudgetError(f"no ratio above 1.05 can be reached with format {format!r}: skip fewer layers")
+
+
+def by_arm(saved: pd.DataFrame) -> pd.DataFrame:
+    """Records with the arm as `method`. Older ones call the arms shuffled and kernel both "rstd" and tell
+    them apart by the column `shuffled`.
+    """
+    if "shuffled" not in saved:
+        return saved
+    arm = saved["shuffled"].map({True: "shuffled", False: "kernel"})
+    return saved.assign(method=saved["method"].where(saved["method"] != "rstd", arm))
+
+
+def projection_errors(model: nn.Module, plan: Plan, variants: Variants, seed: int = 0) -> pd.DataFrame:
     """||W - P(W)|| / ||W|| of every planned layer of `model` at about the plan's parameters.
 
     variants: name -> options that replace the plan's ({"shuffle": False}, ...). Each is given the ranks of
     its uniform family that come nearest to the plan's parameters of that layer. A last variant "noise"
     projects a Gaussian tensor: what any format loses on entries without structure.
+    Columns: layer, variant, error, params, ranks.
     """
-    modules, rows = dict(model.named_modules()), []
+    rows = []
     generator = torch.Generator().manual_seed(seed)
-    for name, planned in plan.rows.items():
-        weight = modules[name].weight.detach().float().cpu()
+    for name, planned in plan.items():
+        weight = to_dense(model.get_submodule(name)).detach().float().cpu()
         noise = torch.randn(weight.shape, generator=generator)
+        params = plan.costs[name].planned[0]
         for variant, changes in {**variants, "noise": {}}.items():
-            options = {**planned.options, **changes}
-            if "modes" in changes:
-                options["modes"] = changes["modes"]
-            ranks = nearest_ranks(planned.format, weight.shape, planned.cost[0], options)
+            changed = LayerPlan(planned.format, planned.ranks, {**planned.options, **changes})
+            kernel_format = changed.bind(weight.shape)
+            ranks = nearest_ranks(kernel_format, params)
             kernel = noise if variant == "noise" else weight
-            error = (kernel - project(kernel, planned.format, ranks, **options)).norm() / kernel.norm()
-            params = get_format(planned.format).cost(weight.shape, ranks, **options)[0]
-            rows.append(
-                {"layer": name, "variant": variant, "error": float(error), "params": params, "ranks": ranks}
-            )
+            error = (kernel - kernel_format.project(kernel, ranks)).norm() / kernel.norm()
+            rows.append({
+                "layer": name, "variant": variant, "error": float(error),
+                "params": kernel_format.cost(ranks)[0], "ranks": ranks,
+            })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def nearest_ranks(
-    format: str, shape: Sequence[int], params: float, options: Mapping[str, Any]
-) -> tuple[int, ...]:
+def nearest_ranks(kernel_format: KernelFormat, params: float) -> tuple[int, ...]:
     """Ranks of the format's uniform family whose parameters come nearest to `params`."""
-    row = get_format(format)
-    family = {row.at(shape, k / 256, **options) for k in range(257)}
-    return min(family, key=lambda ranks: (abs(row.cost(shape, ranks, **options)[0] - params), ranks))
+    family = {kernel_format.uniform(k / 256) for k in range(257)}
+    return min(family, key=lambda ranks: (abs(kernel_format.cost(ranks)[0] - params), ranks))
 
 
 def shuffle_pixels(data: Bundle, seed: int = 0) -> Bundle:
@@ -93,20 +128,14 @@ def neighbour_similarity(data: Bundle, limit: int = 1000) -> float:
     return float(torch.stack(values).nan_to_num().mean())
 
 
-def kernel_spectra(model: nn.Module, skip: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Singular values, scaled to norm 1, of every k×k kernel that is not in `skip`.
+def kernel_spectra(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Singular values, scaled to norm 1, of every k×k kernel.
 
     layer -> {"spatial": of the unfolding O·I × K, "channel": of O × I·K}.
     """
-    skip = () if skip is None else skip
     spectra = {}
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Conv2d)
-            and module.groups == 1
-            and math.prod(module.kernel_size) > 1
-            and name not in skip
-        ):
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and math.prod(module.kernel_size) > 1:
             kernel = to_dense(module).detach().float()
             unfoldings = {"spatial": kernel.flatten(2).flatten(0, 1), "channel": kernel.flatten(1)}
             spectra[name] = {kind: _unit(singular_values(m)).cpu() for kind, m in unfoldings.items()}
@@ -130,33 +159,28 @@ def low_rankness(models: Mapping[str, nn.Module]) -> pd.DataFrame:
     rows = []
     for network, model in models.items():
         for layer, spectra in kernel_spectra(model).items():
-            rows.append(
-                {
-                    "network": network,
-                    "layer": layer,
-                    **{kind: effective_rank(s) for kind, s in spectra.items()},
-                }
-            )
+            ranks = {kind: effective_rank(values) for kind, values in spectra.items()}
+            rows.append({"network": network, "layer": layer, **ranks})
     return pd.DataFrame(rows)
 
 
-def stability(table: pd.DataFrame, value: str = "accuracy", arm: str = "arm") -> pd.DataFrame:
-    """How steady `value` is, one row per arm: `range_over_ratios` (max - min over the ratios, mean over seeds
-    and its sd), `worst` (least value at any ratio, mean over seeds), `sd_over_seeds` (at equal ratio, mean
-    over ratios).
+def stability(table: pd.DataFrame) -> pd.DataFrame:
+    """How steady accuracy is, one row per method: `range_over_ratios` (max - min over the ratios, mean over
+    seeds and its sd), `worst` (least value at any ratio, mean over seeds), `sd_over_seeds` (at equal ratio,
+    mean over ratios).
 
-    table: columns ratio (the target), seed, `arm` and `value`.
+    table: columns method, ratio (the target), seed, test_accuracy.
     """
     rows = []
-    for name, group in table.groupby(arm, sort=False):
-        per_seed = group.groupby("seed")[value].agg(["min", "max"])
+    for method, group in table.groupby("method", sort=False):
+        per_seed = group.groupby("seed")["test_accuracy"].agg(["min", "max"])
         spread = per_seed["max"] - per_seed["min"]
-        across = group.groupby("ratio")[value].std(ddof=1)
+        across = group.groupby("ratio")["test_accuracy"].std(ddof=1)
         rows.append({
-            arm: name, "range_over_ratios": spread.mean(), "sd_of_range": spread.std(ddof=1),
+            "method": method, "range_over_ratios": spread.mean(), "sd_of_range": spread.std(ddof=1),
             "worst": per_seed["min"].mean(), "sd_over_seeds": across.mean(), "seeds": len(per_seed),
         })  # fmt: skip
-    return pd.DataFrame(rows).set_index(arm)
+    return pd.DataFrame(rows).set_index("method")
 
 
 def _unit(values: Tensor) -> Tensor:

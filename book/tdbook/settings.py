@@ -12,20 +12,31 @@ from tdlib.errors import unknown
 
 
 def recipe(profile: str, profiles: Mapping[str, Mapping[str, Any]], **given: Any) -> SimpleNamespace:
-    """The profile's settings, those that are given (not None) in their place; read as attributes.
+    """The profile's name and settings, those that are given (not None) in their place; read as attributes.
 
     `ratio` becomes `ratios`, a list of numbers, and `seeds` (how many) the list of seeds from `seed` on.
     Raises: UnknownName for a profile.
     """
     if profile not in profiles:
         raise unknown("profile", profile, profiles)
-    found = SimpleNamespace(**profiles[profile])
+    found = SimpleNamespace(profile=profile, **profiles[profile])
     vars(found).update({name: value for name, value in given.items() if value is not None})
     if getattr(found, "ratio", None) is not None:
         found.ratios = listed(found.ratio)
     first = getattr(found, "seed", 0)
     found.seeds = list(range(first, first + getattr(found, "seeds", 1)))
     return found
+
+
+def identity(chosen: SimpleNamespace) -> dict[str, Any]:
+    """The settings that make a run what it is, for `Recorder`: all but the ratios and seeds run over."""
+    loops = ("ratio", "ratios", "seed", "seeds")
+    return {name: value for name, value in vars(chosen).items() if name not in loops}
+
+
+def scaled(profile: str, what: str) -> str:
+    """A record's `scale`: the profile, and `what` was reduced unless it is quick or full."""
+    return profile if profile in ("quick", "full") else f"reduced: {what}"
 
 
 def listed(value: Any, kind: Callable[[Any], Any] = float) -> list[Any]:

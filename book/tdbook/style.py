@@ -27,6 +27,8 @@ NAMES = {
     "early": ("decomposed early", PURPLE), "admm": ("ADMM", BLUE), "admm-tt": ("ADMM-TT", BLUE),
     "iterative": ("iterative", GREEN), "rstd": ("RsTD", PINK),
     "distribution-aware": ("distribution-aware", RED),
+    "σ (paper)": ("Σ (paper)", RED),
+    "σ + harm + sequence (ours)": ("Σ + harm + sequence (ours)", PURPLE),
     # what the chapter on the norm of the inputs adds, step by step
     "frobenius": ("kernel error (Frobenius)", SKY), "sigma": ("output error (Σ)", RED),
     "global": ("+ ranks by harm", GREEN), "sequential": ("+ in sequence", BLUE),

@@ -7,6 +7,13 @@ from typing import Any
 
 import pandas as pd
 
+#: Columns of `tdbook.experiment` in every chapter's main table, and their headings.
+COLUMNS = {
+    "test_accuracy_before": "decomposed (%)", "test_accuracy_recalibrated": "+ BatchNorm (%)",
+    "test_accuracy": "at the end (%)", "params_ratio": "params ×", "macs_ratio": "MACs ×",
+    "speedup": "speed-up ×", "epochs": "epochs", "seconds": "seconds",
+}  # fmt: skip
+
 
 def markdown(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> str:
     """Rows as a markdown table: columns in order of appearance, four digits, a dash for what is missing."""
@@ -24,8 +31,8 @@ def _cell(value: Any) -> str:
 def summary(
     frame: pd.DataFrame, keys: Sequence[str], values: Mapping[str, str] | Sequence[str], digits: int = 2
 ) -> pd.DataFrame:
-    """Each group of `keys` as a row: mean ± standard deviation over its rows (the mean alone of one row), a dash
-    where nothing was measured, and `n`, the number of rows.
+    """Each group of `keys` as a row: mean ± standard deviation over its rows (the mean alone of one row), a
+    dash where nothing was measured, and `n`, the number of rows.
 
     values: columns, or column -> heading. Columns and keys that the frame lacks are left out.
     """

@@ -1,4 +1,4 @@
-"""Training in stages: which epoch's weights are kept (chosen on validation, never on test), how good they are,
+"""Training in stages: which epoch is kept (chosen on validation, never on test), how good its weights are,
 and what is left of the time for the next stage.
 """
 

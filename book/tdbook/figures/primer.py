@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from tdbook import style
 from tdbook.figures.common import canvas, lines
-from tdlib.layers.formats import get_format, project
+from tdlib.formats import get_format
 
 FORMATS = ("cp", "tucker2", "tt", "tr")
 
 
 def largest_kernel(model: nn.Module) -> tuple[str, Tensor]:
     """Name and weight (O, I, kh, kw) of the model's largest convolution with a window, detached, float32."""
-    found = {name: module.weight.detach().float().cpu() for name, module in model.named_modules()
-             if isinstance(module, nn.Conv2d) and module.groups == 1 and max(module.kernel_size) > 1}
+    found = {
+        name: module.weight.detach().float().cpu()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and max(module.kernel_size) > 1
+    }
     name = max(found, key=lambda key: found[key].numel())
     return name, found[name]
 
@@ -30,9 +33,11 @@ def largest_kernel(model: nn.Module) -> tuple[str, Tensor]:
 def unfoldings(weight: Tensor) -> dict[str, Tensor]:
     """The three unfoldings of a kernel (O, I, kh, kw), window merged to K: each mode along the rows once."""
     cube = weight.flatten(2)
-    return {f"output ({cube.shape[0]} rows)": cube.flatten(1),
-            f"input ({cube.shape[1]} rows)": cube.transpose(0, 1).flatten(1),
-            f"window ({cube.shape[2]} rows)": cube.permute(2, 0, 1).flatten(1)}
+    return {
+        f"output ({cube.shape[0]} rows)": cube.flatten(1),
+        f"input ({cube.shape[1]} rows)": cube.transpose(0, 1).flatten(1),
+        f"window ({cube.shape[2]} rows)": cube.permute(2, 0, 1).flatten(1),
+    }
 
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
@@ -40,42 +45,32 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
     return float((weight - approximation).norm() / weight.norm())
 
 
-def error_curves(weight: Tensor, formats: Sequence[str] = FORMATS,
-                 fractions: Sequence[float] = tuple(np.geomspace(0.04, 1.0, 14))) -> pd.DataFrame:
+def error_curves(weight: Tensor) -> pd.DataFrame:
     """Relative error of one kernel against its ratio: a row per format and point of the uniform rank family.
 
     Columns format, ranks, ratio (dense / compressed parameters), error. Points that are not smaller than the
     dense kernel, or more than fifty times smaller, are left out.
     """
     rows = []
-    for name in formats:
-        row = get_format(name)
-        tried: set[tuple[int, ...]] = set()
-        for fraction in fractions:
-            ranks = tuple(row.at(weight.shape, float(fraction)))
-            params, _ = row.cost(weight.shape, ranks)
-            if ranks in tried or not 1 < weight.numel() / params <= 50:
-                continue
-            tried.add(ranks)
-            rows.append({"format": name, "ranks": ranks, "ratio": weight.numel() / params,
-                         "error": relative_error(weight, project(weight, name, ranks))})
+    for name in FORMATS:
+        bound = get_format(name).bind(weight.shape)
+        for ranks in dict.fromkeys(bound.uniform(f) for f in np.geomspace(0.04, 1.0, 14)):
+            ratio = weight.numel() / bound.cost(ranks)[0]
+            if 1 < ratio <= 50:
+                error = relative_error(weight, bound.project(weight, ranks))
+                rows.append({"format": name, "ranks": ranks, "ratio": ratio, "error": error})
     return pd.DataFrame(rows)
 
 
-def at_ratio(weight: Tensor, ratio: float, formats: Sequence[str] = FORMATS) -> dict[str, Tensor]:
+def at_ratio(weight: Tensor, ratio: float) -> dict[str, Tensor]:
     """The kernel projected onto each format, at the largest uniform ranks that still reach ``ratio``."""
     found = {}
-    for name in formats:
-        row = get_format(name)
-        fits = [f for f in np.linspace(0.01, 1.0, 200)
-                if row.cost(weight.shape, row.at(weight.shape, float(f)))[0] * ratio <= weight.numel()]
-        found[name] = project(weight, name, row.at(weight.shape, float(max(fits, default=0.01))))
+    for name in FORMATS:
+        bound = get_format(name).bind(weight.shape)
+        family = [bound.uniform(fraction) for fraction in np.linspace(0.01, 1.0, 200)]
+        fits = [ranks for ranks in family if bound.cost(ranks)[0] * ratio <= weight.numel()]
+        found[name] = bound.project(weight, fits[-1] if fits else family[0])
     return found
-
-
-def singular_table(named: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Singular values of each matrix, largest first."""
-    return {name: torch.linalg.svdvals(matrix.double()).numpy() for name, matrix in named.items()}
 
 
 def kernel_pictures(kernels: Mapping[str, Tensor], rows: int = 6, columns: int = 12) -> Figure:
@@ -107,9 +102,9 @@ def unfolding_pictures(named: Mapping[str, Tensor], columns: int = 120) -> Figur
 
 
 def _box(ax: Axes, x: float, y: float, text: str, tint: str, width: float = 0.9) -> None:
-    rounded = "round,pad=0.02,rounding_size=0.1"
-    ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.28), width, 0.56, boxstyle=rounded,
-                                facecolor=tint, edgecolor="none", zorder=2))
+    corner, rounded = (x - width / 2, y - 0.28), "round,pad=0.02,rounding_size=0.1"
+    look = {"boxstyle": rounded, "facecolor": tint, "edgecolor": "none", "zorder": 2}
+    ax.add_patch(FancyBboxPatch(corner, width, 0.56, **look))
     ax.text(x, y, text, ha="center", va="center", color="white", fontsize=8.5, zorder=3)
 
 
@@ -146,5 +141,7 @@ def diagrams() -> Figure:
 
 def error_figure(curves: pd.DataFrame, title: str | None = None) -> Figure:
     """Relative error against ratio, a line per format, from ``error_curves``."""
-    return lines(curves, "ratio", "error", "format", logx=True, xlabel="ratio (parameters, this kernel)",
-                 ylabel="relative error", title=title)
+    heading = "ratio (parameters, this kernel)"
+    return lines(
+        curves, "ratio", "error", "format", logx=True, xlabel=heading, ylabel="relative error", title=title
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdbook import style
 from tdbook.figures.common import canvas, lines, plain_ticks, reference, spectrum
-from tdlib.tensor.linalg import singular_values
+from tdlib.decompositions.linalg import singular_values
 
 
 def _named(table: pd.DataFrame, column: str) -> dict[str, Any]:
@@ -24,23 +24,24 @@ def _named(table: pd.DataFrame, column: str) -> dict[str, Any]:
 def over_ratios(table: pd.DataFrame, dense: float | None = None) -> Figure:
     """Left: accuracy against ratio, points, mean and its 95 % interval; right: its range over the ratios.
 
-    table: columns arm, ratio, seed, accuracy (percent). dense: the dense network's accuracy.
+    table: columns method, ratio, seed, test_accuracy (percent). dense: the dense network's accuracy.
     """
     fig, axes = canvas(1, 2, (8.8, 3.4), width_ratios=[2.2, 1])
     left, right = axes[0]
-    sns.lineplot(**_named(table, "arm"), x="ratio", y="accuracy", errorbar=("ci", 95), seed=0, ax=left)
-    sns.scatterplot(**_named(table, "arm"), x="ratio", y="accuracy", s=16, legend=False, ax=left)
+    arms = _named(table, "method")
+    sns.lineplot(**arms, x="ratio", y="test_accuracy", errorbar=("ci", 95), seed=0, ax=left)
+    sns.scatterplot(**arms, x="ratio", y="test_accuracy", s=16, legend=False, ax=left)
     if dense is not None:
         reference(left, dense)
     left.set_xscale("log")
     plain_ticks(left.xaxis)
     left.set(xlabel="parameter ratio (dense / compressed)", ylabel="test accuracy (%)")
     left.legend(title="", fontsize="small")
-    runs = table.groupby(["arm", "seed"], sort=False)["accuracy"]
+    runs = table.groupby(["method", "seed"], sort=False)["test_accuracy"]
     spread = (runs.max() - runs.min()).rename("range").reset_index()
-    tints = style.palette(spread["arm"])
-    sns.barplot(spread, x="arm", y="range", hue="arm", palette=tints, errorbar=None, ax=right)
-    sns.stripplot(spread, x="arm", y="range", color=style.BLACK, size=4, jitter=False, ax=right)
+    tints = style.palette(spread["method"])
+    sns.barplot(spread, x="method", y="range", hue="method", palette=tints, errorbar=None, ax=right)
+    sns.stripplot(spread, x="method", y="range", color=style.BLACK, size=4, jitter=False, ax=right)
     right.set(xlabel="", ylabel="points", title="best − worst ratio, per seed")
     return fig
 
@@ -67,7 +68,7 @@ def shuffling(kernel: Tensor, shuffled: Tensor) -> Figure:
 def projection(errors: pd.DataFrame, accuracy: pd.DataFrame, dense: float) -> Figure:
     """Left: relative error of projecting the trained kernels, per layer; right: accuracy without fine-tuning.
 
-    errors: columns layer, variant, error. accuracy: columns arm, ratio, accuracy (percent).
+    errors: columns layer, variant, error. accuracy: columns method, ratio, test_accuracy (percent).
     """
     fig, axes = canvas(1, 2, (9.4, 3.2))
     left, right = axes[0]
@@ -75,8 +76,8 @@ def projection(errors: pd.DataFrame, accuracy: pd.DataFrame, dense: float) -> Fi
     left.tick_params(axis="x", rotation=0 if errors["layer"].nunique() < 6 else 90)
     left.set(ylabel="‖W − P(W)‖ / ‖W‖", xlabel="", title="error of the projection", ylim=(0, 1.3))
     left.legend(title="", fontsize="small", ncols=2, loc="upper center")
-    sns.lineplot(**_named(accuracy, "arm"), x="ratio", y="accuracy", marker="o", errorbar=None, legend=False,
-                 ax=right)  # fmt: skip
+    sns.lineplot(**_named(accuracy, "method"), x="ratio", y="test_accuracy", marker="o", errorbar=None,
+                 legend=False, ax=right)  # fmt: skip
     reference(right, dense)
     right.set(xlabel="parameter ratio", ylabel="test accuracy (%)", title="without fine-tuning")
     return fig

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -15,23 +16,21 @@ from tdbook import style
 from tdbook.figures.common import closed, lines, plain_ticks, reference, spectrum
 
 
-def against_ratio(rows: Any, dense: float | None = None, x: str = "ratio", xlabel: str = "ratio") -> Figure:
-    """Accuracy and KL divergence against the ratio, a line per variant, a row of panels per format."""
-    frame = pd.DataFrame(rows)
-    frame["kl"] = frame["kl"].clip(lower=1e-5)
+def against_ratio(frame: pd.DataFrame, by: str) -> Figure:
+    """Accuracy and KL divergence against the ratio in `by`, a line per method, a row of panels per format."""
     headings = {"test_accuracy": "accuracy (%)", "kl": "KL from the dense outputs"}
-    fig = lines(frame, x, headings, "method", rows="format", xlabel=xlabel, aspect=1.3)
+    shown = frame.assign(kl=frame["kl"].clip(lower=1e-5), format=frame["format"].map(style.label))
+    fig = lines(shown, "ratio", headings, "method", rows="format", xlabel=f"ratio ({by})", aspect=1.3)
     for accuracy, kl in zip(fig.axes[::2], fig.axes[1::2], strict=True):
         kl.set_yscale("log")
         plain_ticks(kl.yaxis)
-        if dense is not None:
-            reference(accuracy, dense)
+        reference(accuracy, frame["dense_test_accuracy"].mean())
+    fig.subplots_adjust(wspace=0.25)  # room for the labels of the log axis
     return fig
 
 
-def drops(rows: Any, dense: float) -> Figure:
+def drops(frame: pd.DataFrame, dense: float) -> Figure:
     """Harm of compressing single layers against the error of the kernel (left) and of the output (right)."""
-    frame = pd.DataFrame(rows)
     frame = frame.assign(lost=dense - frame["test_accuracy"], method=frame["method"].map(style.label))
     headings = {
         "frobenius_error": "relative error of the kernel", "sigma_error": "relative error of the output (Σ)",
@@ -46,16 +45,26 @@ def drops(rows: Any, dense: float) -> Figure:
     return closed(grid.figure)
 
 
-def rank_correlation(rows: Any) -> pd.DataFrame:
+ERRORS = {"frobenius_error": "of the kernel", "sigma_error": "of the output"}
+
+
+def error_sizes(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean and largest of both relative errors of the rows of either method."""
+    table = frame.groupby("method")[list(ERRORS)].agg(["mean", "max"])
+    return table.rename(index=style.label, columns=ERRORS).rename_axis(index=None).round(2)
+
+
+def rank_correlation(frame: pd.DataFrame) -> pd.DataFrame:
     """Spearman's correlation of each error with the KL divergence that it causes, over layers and ranks."""
-    names = {"frobenius_error": "kernel error", "sigma_error": "output error (Σ)"}
-    ranks = pd.DataFrame(rows)[[*names, "kl"]].rank()
-    return ranks.corr()["kl"].drop("kl").rename(names).to_frame("rank correlation with the KL divergence")
+    ranks = frame[[*ERRORS, "kl"]].rank()
+    table = ranks.corr()["kl"].drop("kl").rename(ERRORS)
+    return table.to_frame("rank correlation with the KL divergence").round(3)
 
 
-def eigenvalues(spectra: Mapping[str, Tensor]) -> Figure:
+def eigenvalues(statistics: Mapping[str, Tensor]) -> Figure:
     """Eigenvalues of Σ over their sum, and the share of the inputs' energy outside the leading directions."""
-    table = spectrum(spectra, "layer")
+    found = {name: torch.linalg.eigvalsh(sigma).flip(0).clamp_min(0) for name, sigma in statistics.items()}
+    table = spectrum({name: values / values.sum() for name, values in found.items()}, "layer")
     by_layer = table.groupby("layer")
     table["place"] = table["index"] / by_layer["index"].transform("max")
     table["left"] = (1 - by_layer["value"].cumsum()).clip(lower=1e-6)
@@ -71,16 +80,19 @@ def descent(traces: Mapping[str, Sequence[float]]) -> Figure:
     return lines(table, "sweep", "value", "solver", logy=True, ylabel="relative error of the output")
 
 
-def ranks(tables: Mapping[str, Mapping[str, Sequence[int]]], bounds: Mapping[str, Sequence[int]]) -> Figure:
-    """Ranks per layer as fractions of the channels, a line per plan; a dense layer is at 1."""
+def ranks(plans: Mapping[str, Mapping[str, Any]], channels: Mapping[str, Sequence[int]]) -> Figure:
+    """Ranks of Tucker-2 per layer as fractions of the channels, a line per plan; a dense layer is at 1.
 
-    def kept(table: Mapping[str, Sequence[int]], layer: str, k: int) -> float:
-        return table[layer][k] / bounds[layer][k] if layer in table else 1.0
+    plans: name -> plan. channels: layer -> (output channels, input channels).
+    """
+
+    def kept(plan: Mapping[str, Any], layer: str, k: int) -> float:
+        return plan[layer].ranks[-1 if k else 0] / channels[layer][k] if layer in plan else 1.0
 
     rows = [
-        {"layer": layer, "plan": name, "side": side, "kept": kept(table, layer, k)}
-        for name, table in tables.items()
-        for layer in bounds
+        {"layer": layer, "plan": name, "side": side, "kept": kept(plan, layer, k)}
+        for name, plan in plans.items()
+        for layer in channels
         for k, side in enumerate(("output rank", "input rank"))
     ]
     fig = lines(rows, "layer", "kept", "plan", panels="side", share=True, ylabel="rank / channels")
@@ -90,24 +102,7 @@ def ranks(tables: Mapping[str, Mapping[str, Sequence[int]]], bounds: Mapping[str
     return fig
 
 
-def sampling(rows: Any) -> Figure:
+def sampling(frame: pd.DataFrame) -> Figure:
     """Relative error of Σ against the number of random positions per image."""
-    return lines(rows, "positions", "error", "layer", logx=True, logy=True, xlabel="positions per image",
-                 ylabel="relative error of Σ")  # fmt: skip
-
-
-def record_table(rows: Any) -> pd.DataFrame:
-    """Accuracy and agreement in percent and KL divergence, each over the ratios; a dash where nothing ran."""
-    shown = {
-        "test_accuracy": ("accuracy (%)", "{:.1f}"),
-        "agreement": ("agreement (%)", "{:.1f}"),
-        "kl": ("KL", "{:.2f}"),
-    }
-    parts = {}
-    for column, (name, digits) in shown.items():
-        wide = pd.DataFrame(rows).pivot_table(index="method", columns="ratio", values=column, sort=False)
-        wide = wide.sort_index(axis=1).rename(columns=lambda ratio: f"{ratio:g}×")
-        parts[name] = wide.map(lambda value, digits=digits: "–" if pd.isna(value) else digits.format(value))
-    table = pd.concat(parts, axis=1)
-    table.columns.names, table.index.name = [None, None], None
-    return table
+    headings = {"xlabel": "positions per image", "ylabel": "relative error of Σ"}
+    return lines(frame, "positions", "error", "layer", logx=True, logy=True, **headings)
