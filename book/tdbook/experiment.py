@@ -60,6 +60,7 @@ class Start:
     tables: Tables = field(default_factory=dict)
     seconds: float = 0.0
     images: int = 0
+    trained: bool = False  # with labels, or only looked at inputs
 
 
 @dataclass
@@ -182,7 +183,8 @@ def _start(arm: Arm, dense: nn.Module, data: Bundle, options: dict[str, Any]) ->
         return Start(dense)
     begun, counted = time.perf_counter(), CountedBundle.of(data)
     network, tables = arm.start(dense, counted, **_taken(arm.start, options))
-    return Start(network, tables, time.perf_counter() - begun, counted.drawn.get("train", 0))
+    images = counted.drawn.get("train", 0)
+    return Start(network, tables, time.perf_counter() - begun, images, trained=network is not dense)
 
 
 def _run(
@@ -216,7 +218,7 @@ def _run(
         final, last = found["selected"], found["last"]["test"]
     else:
         final, last = accuracies(small, data, device), None
-    labels = arm.trains or bool(arm.finetune.get("epochs")) or start.images > 0
+    labels = arm.trains or bool(arm.finetune.get("epochs")) or start.trained
     images = start.images + counted.drawn.get("train", 0)
     whole = tdlib.compare(dense, small, data.input_shape, repeats=5).whole
     alike = agreement(dense, small, data, "test", device=device)

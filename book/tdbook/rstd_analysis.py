@@ -153,15 +153,29 @@ def effective_rank(values: Tensor) -> float:
 
 
 def low_rankness(models: Mapping[str, nn.Module]) -> pd.DataFrame:
-    """Effective ranks of every kernel of several networks of one architecture: columns network, layer,
-    spatial, channel.
+    """Effective ranks of every kernel of several networks of one architecture: a row per layer, columns
+    (spatial or channel, network).
     """
     rows = []
     for network, model in models.items():
         for layer, spectra in kernel_spectra(model).items():
             ranks = {kind: effective_rank(values) for kind, values in spectra.items()}
             rows.append({"network": network, "layer": layer, **ranks})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    ranked = table.pivot(index="layer", columns="network", values=["spatial", "channel"])
+    return ranked.loc[table["layer"].unique()]
+
+
+def lower_on_images(ranked: pd.DataFrame) -> str:
+    """In words: which kernels of the network "images" have a lower spatial rank than those of "pixels
+    shuffled". ranked: of `low_rankness`.
+    """
+    gap = ranked["spatial"]["pixels shuffled"] - ranked["spatial"]["images"]
+    firsts = ", ".join(f"{name} {value:+.3f}" for name, value in gap.iloc[:3].items())
+    return (
+        f"In {int((gap > 0).sum())} of {len(gap)} kernels the spatial effective rank is lower after training "
+        f"on images than after training on shuffled pixels (first layers: {firsts})."
+    )
 
 
 def stability(table: pd.DataFrame) -> pd.DataFrame:
@@ -181,6 +195,25 @@ def stability(table: pd.DataFrame) -> pd.DataFrame:
             "worst": per_seed["min"].mean(), "sd_over_seeds": across.mean(), "seeds": len(per_seed),
         })  # fmt: skip
     return pd.DataFrame(rows).set_index("method")
+
+
+def dense_level(table: pd.DataFrame) -> float:
+    """The dense networks' test accuracy, mean over seeds."""
+    return float(table.groupby("seed")["dense_test_accuracy"].first().mean())
+
+
+def in_words(table: pd.DataFrame, guessing: float) -> str:
+    """Range and mean of the shuffled arm's accuracy beside the other two; guessing: percent."""
+    ranges = stability(table)["range_over_ratios"]
+    means = table.groupby("method")["test_accuracy"].mean()
+    return (
+        f"Over the ratios {table['ratio'].min():g} to {table['ratio'].max():g} the accuracy of the shuffled "
+        f"arm ranges over **{ranges['shuffled']:.1f} points** (not shuffled: folded {ranges['folded']:.1f}, "
+        f"kernel {ranges['kernel']:.1f}). On average over all ratios it is {means['shuffled']:.1f} % (dense, "
+        f"trained alike, {dense_level(table):.1f} %; guessing, {guessing:.1f} %): "
+        f"{means['shuffled'] - means['kernel']:+.1f} points from the conventional decomposition (kernel) and "
+        f"{means['shuffled'] - means['folded']:+.1f} from the same folding without shuffling."
+    )
 
 
 def _unit(values: Tensor) -> Tensor:

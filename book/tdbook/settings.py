@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +39,11 @@ def identity(chosen: SimpleNamespace) -> dict[str, Any]:
 def scaled(profile: str, what: str) -> str:
     """A record's `scale`: the profile, and `what` was reduced unless it is quick or full."""
     return profile if profile in ("quick", "full") else f"reduced: {what}"
+
+
+def folder(checkpoint_dir: str | None, *names: str) -> Path | None:
+    """A folder of its own in `checkpoint_dir` for what the names say (a data set, a model); None without."""
+    return None if checkpoint_dir is None else Path(checkpoint_dir) / re.sub("[:/]", "-", "-".join(names))
 
 
 def listed(value: Any, kind: Callable[[Any], Any] = float) -> list[Any]:

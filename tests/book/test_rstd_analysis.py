@@ -50,7 +50,7 @@ def test_images_make_kernels_of_lower_spatial_rank_than_shuffled_pixels(digits) 
     for name, data in (("images", digits), ("pixels", scrambled)):
         nets[name] = net(digits)
         tdlib.train.fit(nets[name], data, epochs=16, lr=0.1, weight_decay=1e-2, **TRAINING)
-    low = rstd_analysis.low_rankness(nets).pivot(index="layer", columns="network", values="spatial")
+    low = rstd_analysis.low_rankness(nets)["spatial"]
     assert (low["images"] < low["pixels"] - 0.02).loc[["conv2", "conv3"]].all()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tdbook import admm_study, style
 from tdbook.figures.common import canvas, lines, reference, spectrum
@@ -98,8 +99,10 @@ def beside_paper(records: pd.DataFrame, paper: pd.DataFrame) -> Figure:
 
 def learning(records: pd.DataFrame) -> Figure:
     """Validation accuracy over the epochs of fine-tuning, a line per method and ratio of one experiment."""
-    return lines(admm_study.learning(records["path"]), "epoch", "accuracy", "run", title=_title(records),
-                 xlabel="epoch of fine-tuning", ylabel="validation accuracy (%)")  # fmt: skip
+    fig = lines(admm_study.learning(records["path"]), "epoch", "accuracy", "run", title=_title(records),
+                xlabel="epoch of fine-tuning", ylabel="validation accuracy (%)")  # fmt: skip
+    fig.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return fig
 
 
 def _title(records: pd.DataFrame) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -103,7 +104,7 @@ def unfolding_pictures(named: Mapping[str, Tensor], columns: int = 120) -> Figur
 
 def _box(ax: Axes, x: float, y: float, text: str, tint: str, width: float = 0.9) -> None:
     corner, rounded = (x - width / 2, y - 0.28), "round,pad=0.02,rounding_size=0.1"
-    look = {"boxstyle": rounded, "facecolor": tint, "edgecolor": "none", "zorder": 2}
+    look: dict[str, Any] = {"boxstyle": rounded, "facecolor": tint, "edgecolor": "none", "zorder": 2}
     ax.add_patch(FancyBboxPatch(corner, width, 0.56, **look))
     ax.text(x, y, text, ha="center", va="center", color="white", fontsize=8.5, zorder=3)
 

@@ -104,5 +104,7 @@ def ranks(plans: Mapping[str, Mapping[str, Any]], channels: Mapping[str, Sequenc
 
 def sampling(frame: pd.DataFrame) -> Figure:
     """Relative error of Σ against the number of random positions per image."""
-    headings = {"xlabel": "positions per image", "ylabel": "relative error of Σ"}
-    return lines(frame, "positions", "error", "layer", logx=True, logy=True, **headings)
+    return lines(
+        frame, "positions", "error", "layer", logx=True, logy=True, xlabel="positions per image",
+        ylabel="relative error of Σ",
+    )  # fmt: skip

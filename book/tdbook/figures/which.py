@@ -21,8 +21,8 @@ SITUATIONS: dict[str, Any] = {
     "the training set, time to train": lambda row: True,
 }
 
-KEEPS = {
-    **tables.COLUMNS, "kept": "kept (points)", "agreement": "agreement (%)", "dense_test_accuracy": "dense (%)"
+KEEPS = tables.COLUMNS | {
+    "kept": "kept (points)", "agreement": "agreement (%)", "dense_test_accuracy": "dense (%)"
 }  # fmt: skip
 
 

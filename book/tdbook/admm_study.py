@@ -1,0 +1,259 @@
+"""The study of the chapter on ADMM: its recipes, the dense networks, and what is noted of each road."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from tdbook import style
+from tdbook.experiment import Arm, Recorder, Results, Tables, experiment
+from tdbook.paths import RESULTS
+from tdbook.records import read_record, records
+from tdbook.settings import identity, scaled
+from tdlib.data import Bundle
+from tdlib.decompositions.linalg import singular_values
+from tdlib.formats.projection import dense_weight, truncation_error
+from tdlib.methods.admm import pull, rho_for
+from tdlib.models import build
+from tdlib.planning import Plan
+from tdlib.train import evaluate, fit, fit_selected, require_finished
+
+Options = Callable[[str], dict[str, Any]]  # name of a stage -> arguments of `train.fit`
+
+#: Formats whose ranks are, in this order, those of the unfoldings below; of linear layers the SVD's is too.
+ON_UNFOLDINGS = ("tt", "tucker2")
+
+#: Columns of records that one figure holds together.
+EXPERIMENT = ["dataset", "model", "format", "profile"]
+
+_SAME: dict[str, Any] = {
+    "early": True, "scratch": True, "extras": False, "rho": None, "training": {}, "tuning": {},
+}  # fmt: skip
+_AUTHORS = {"label_smoothing": 0.1, "schedule": "step", "step_epochs": 55, "step_gamma": 0.2}
+_STRONGER = {"label_smoothing": 0.1, "nesterov": True, "warmup_epochs": 5}
+
+#: The recipes. training: of all stages, tuning: of fine-tuning besides; "full" is the authors' for CIFAR,
+#: "modern" ours, for all roads alike. pull: see the chapter; it gives rho where there is none.
+PROFILES: dict[str, dict[str, Any]] = {
+    "quick": _SAME | {
+        "ratio": [2, 4, 8], "dense_epochs": 8, "epochs": 10, "finetune_epochs": 3, "lr": 0.05,
+        "finetune_lr": 0.01, "batch_size": 32, "pull": 2.0, "extras": True,
+    },
+    "reduced": _SAME | {
+        "ratio": 2.3, "dense_epochs": 5, "epochs": 4, "finetune_epochs": 1, "lr": 0.1,
+        "finetune_lr": 0.02, "batch_size": 128, "pull": 3.0, "scratch": False,
+    },
+    "full": _SAME | {
+        "ratio": [2.3, 5.6], "dense_epochs": 200, "epochs": 200, "finetune_epochs": 200, "lr": 0.1,
+        "finetune_lr": 0.005, "batch_size": 128, "rho": 1e-3, "training": _AUTHORS,
+        "tuning": {"step_gamma": 0.4},
+    },
+    "modern": _SAME | {
+        "ratio": [2.3, 5.6], "dense_epochs": 200, "epochs": 200, "finetune_epochs": 100, "lr": 0.2,
+        "finetune_lr": 0.02, "batch_size": 256, "pull": 0.4, "training": _STRONGER,
+    },
+}  # fmt: skip
+
+
+def set_pull(chosen: SimpleNamespace, images: int) -> None:
+    """The recipe's `rho` from its `pull` where it has none, then `pull` as that of an epoch of `images`."""
+    steps = max(1, images // chosen.batch_size)
+    if chosen.rho is None:
+        chosen.rho = rho_for(chosen.pull, chosen.lr, steps)
+    chosen.pull = pull(chosen.rho, chosen.lr, steps)
+
+
+def recorder(chosen: SimpleNamespace, images: int) -> Recorder:
+    """Where the rows become records: under all settings but those that say which roads are run."""
+    about = {k: v for k, v in identity(chosen).items() if k not in ("early", "scratch", "extras")}
+    before = getattr(chosen, "note", f"{chosen.dense_epochs} dense epochs")
+    lacks = (
+        f"{images} training images; {before}, {chosen.epochs} of ADMM or plain training, "
+        f"{chosen.finetune_epochs} of fine-tuning; the paper's recipe has 200 each"
+    )
+    return Recorder("admm_tt", about, scaled(chosen.profile.replace("modern", "full"), lacks))
+
+
+def folder(checkpoint_dir: str | None, *names: str) -> Path | None:
+    """A folder of its own inside the checkpoints', for a data set and a model by name."""
+    return None if checkpoint_dir is None else Path(checkpoint_dir) / _plain("-".join(names))
+
+
+def _plain(name: str) -> str:
+    return re.sub("[:/]", "-", name)
+
+
+def trained(
+    model: str, data: Bundle, epochs: int, options: Options, **given: Any
+) -> Callable[[int], nn.Module]:
+    """Seed -> the dense network after `epochs`, trained once. given: of `models.build`."""
+
+    @cache
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        fresh = build(model, data.classes, input_shape=data.input_shape, **given)
+        return _train(fresh, data, epochs, seed, options(f"{_plain(model)}-{seed}"))
+
+    return network
+
+
+def trained_on(
+    data: Bundle, epochs: int, options: Options, tuning: Mapping[str, Any]
+) -> Callable[[nn.Module, int], nn.Module]:
+    """(dense network, seed) -> a copy after `epochs` more and those of fine-tuning."""
+
+    def network(dense: nn.Module, seed: int) -> nn.Module:
+        further = _train(copy.deepcopy(dense), data, epochs, seed, options(f"further-{seed}"))
+        if tuning["epochs"]:
+            fit_selected(further, data, seed=seed, **{**options(f"reference-{seed}"), **tuning})
+        return further
+
+    return network
+
+
+def _train(net: nn.Module, data: Bundle, epochs: int, seed: int, options: dict[str, Any]) -> nn.Module:
+    if epochs:
+        require_finished(fit(net, data, epochs=epochs, seed=seed, **options))
+    return net.to(options["device"])
+
+
+def other_formats(net: nn.Module, format: str) -> list[str]:
+    """Formats to show beside `format`."""
+    convolutional = any(isinstance(module, nn.Conv2d) for module in net.modules())
+    return [name for name in (("tucker2", "tr") if convolutional else ("svd",)) if name != format]
+
+
+def kept_dense(lstm: nn.Module) -> list[str]:
+    """Layers of an LSTM that have nothing to give: its classifier, and a small input-to-hidden map."""
+    inputs, hidden = (dense_weight(lstm, f"{part}_to_hidden").numel() for part in ("input", "hidden"))
+    return ["linear", "input_to_hidden"] if inputs < 0.1 * hidden else ["linear"]
+
+
+def in_formats(
+    dense: Callable[[int], nn.Module], data: Bundle, roads: Mapping[str, Mapping[str, Arm]], **settings: Any
+) -> pd.DataFrame:
+    """The rows of each format's roads, named. settings: of `experiment`."""
+    arms = {f"{road}, {format}": arm for format, pair in roads.items() for road, arm in pair.items()}
+    frame = experiment(dense, data, arms, **settings).frame
+    parts = frame["method"].str.split(", ", expand=True)
+    return named(frame.assign(method=parts[0], format=parts[1]))
+
+
+def noted(net: nn.Module, data: Bundle, plan: Plan) -> Tables:
+    """What decomposing a network will cut off, its test accuracy until then, and its `spectra`."""
+    lost, _ = truncation_error(net, plan)
+    row = {"truncation_error": lost, "uncut_test_accuracy": evaluate(net, data)["accuracy"]}
+    return {"cut": [row], "spectra": spectra(net, plan)}
+
+
+def columns(tables: Tables) -> dict[str, float]:
+    """Columns of a row from its tables: `noted`, and "admm" where the network was trained by it."""
+    found = dict(tables["cut"][0])
+    if "admm" in tables:
+        first, last = tables["admm"][0], tables["admm"][-1]
+        found |= {"gap_reduction": first["gap"] / max(last["gap"], 1e-12)}
+        found |= {"admm_test_accuracy": found["uncut_test_accuracy"], "epoch_seconds": last["seconds"]}
+        found |= {"projection_seconds": last["projection_seconds"]}
+    return found
+
+
+def tt_unfoldings(kernel: Tensor) -> dict[str, Tensor]:
+    """The matrices whose ranks are the TT-ranks: O × KI and OK × I of a kernel (O, I, kh, kw), or O × I."""
+    if kernel.dim() == 2:
+        return {"O × I": kernel}
+    ordered = kernel.flatten(2).transpose(1, 2)  # (O, K, I)
+    return {"O × K·I": ordered.flatten(1), "O·K × I": ordered.flatten(0, 1)}
+
+
+def spectra(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
+    """Singular values of the TT unfoldings of the largest planned kernel: layer, unfolding, rank, values.
+
+    rank: the planned one of this matrix, None where the format bounds it otherwise.
+    """
+    layer = max(plan, key=lambda name: dense_weight(model, name).numel())
+    kernel = dense_weight(model, layer).detach().float()
+    matrices = tt_unfoldings(kernel)
+    known = (*ON_UNFOLDINGS, "svd") if kernel.dim() == 2 else ON_UNFOLDINGS
+    ranks = plan[layer].ranks if plan[layer].format in known else ()
+    target = dict(zip(matrices, ranks, strict=False))  # a 1×1 convolution has one rank
+    return [
+        {"layer": layer, "unfolding": name, "rank": target.get(name), "values": singular_values(m).tolist()}
+        for name, m in matrices.items()
+    ]
+
+
+def named(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with methods as the text writes them: ADMM with its format, as only ADMM-TT is the paper's."""
+    pairs = zip(frame["method"], frame["format"], strict=True)
+    return frame.assign(method=[name(method, format) for method, format in pairs])
+
+
+def name(method: str, format: str) -> str:
+    """What the text calls a method in a format: "ADMM-TT", "ADMM-Tucker-2", "direct"."""
+    return f"ADMM-{style.label(format)}" if method == "admm" else style.label(method)
+
+
+def histories(results: Results, format: str) -> pd.DataFrame:
+    """The epochs before the decomposition, a `run` each: plain training (watched from one ratio) and ADMM."""
+    first, *_ = (key[1] for key in results.tables)
+    parts = []
+    for (method, ratio, _), tables in results.tables.items():
+        if method == "admm":
+            parts.append(pd.DataFrame(tables["admm"]).assign(run=f"{name(method, format)} {ratio:g}×"))
+        elif method == "direct" and ratio == first:
+            parts.append(pd.DataFrame(tables["plain"]).assign(run=f"plain, seen from {ratio:g}×"))
+    return pd.concat(parts)
+
+
+def cost(history: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of an epoch and of its projections (medians) for every run of `histories`."""
+    headings = {"seconds": "seconds / epoch", "projection_seconds": "of which projections"}
+    table = history.groupby("run", sort=False)[list(headings)].median().rename(columns=headings)
+    whole, part = headings.values()
+    return table.assign(**{"projections, % of an epoch": 100 * table[part] / table[whole]})
+
+
+def in_words(frame: pd.DataFrame, format: str) -> str:
+    """What either road loses by decomposing and where fine-tuning brings it, a line per ratio (markdown)."""
+    ours, lines = name("admm", format), []
+    for (ratio, by), rows in frame.groupby(["ratio", "by"]):
+        mean = rows.groupby("method").mean(numeric_only=True)
+        if not {"direct", "admm"} <= set(mean.index):
+            continue
+        dense = mean["dense_test_accuracy"].mean()
+        lost, end = dense - mean["test_accuracy_before"], mean["test_accuracy"]
+        lines.append(
+            f"- **{ratio:g}×** ({by}): decomposing costs the plainly trained network "
+            f"{lost['direct']:.1f} points and the {ours}-trained one {lost['admm']:.1f}. After fine-tuning "
+            f"they stand at {end['direct']:.1f} % and {end['admm']:.1f} % (dense {dense:.1f} %)."
+        )
+    tested, seeds = frame["n"].iloc[0], frame["seed"].nunique()
+    means = f" Every figure is the mean of {seeds} seeds." if seeds > 1 else ""
+    return "\n".join([*lines, f"\nOne of the {tested} test images is {100 / tested:.2f} points.{means}"])
+
+
+def saved() -> pd.DataFrame:
+    """This project's records of the chapter, named; empty where it was not run."""
+    found = records(RESULTS, chapter="admm_tt")
+    return found if found.empty else named(found)
+
+
+def learning(paths: Iterable[str]) -> pd.DataFrame:
+    """Validation accuracy over the epochs of fine-tuning in records' files, a `run` per method and ratio."""
+    rows = [
+        {"epoch": row["epoch"], "accuracy": row["val_accuracy"],
+         "run": f"{name(about['method'], about['format'])} {about['ratio']:g}×"}
+        for one in map(read_record, paths)
+        for about in [one["parameters"]]
+        for row in one["history"]["finetune"]
+    ]  # fmt: skip
+    return pd.DataFrame(rows)

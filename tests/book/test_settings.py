@@ -1,0 +1,55 @@
+"""A chapter's parameters: a profile's recipe, what is given instead, lists in any spelling, image sizes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tdbook import settings
+from tdlib.errors import UnknownName
+
+PROFILES = {"quick": {"ratio": [2, 4], "epochs": 1, "lr": 0.1}, "full": {"ratio": 3, "epochs": 90, "lr": 0.1}}
+
+
+def test_what_is_given_takes_the_place_of_the_profiles():
+    recipe = settings.recipe("quick", PROFILES, ratio=None, epochs=0, lr=None, seed=3, seeds=2)
+    assert recipe.ratios == [2.0, 4.0] and recipe.epochs == 0 and recipe.lr == 0.1
+    assert recipe.seeds == [3, 4]
+    alone = settings.recipe("full", PROFILES)
+    assert alone.ratios == [3.0] and alone.seeds == [0]
+    assert settings.recipe("full", PROFILES, ratio="2, 3").ratios == [2.0, 3.0]
+    assert PROFILES["quick"] == {"ratio": [2, 4], "epochs": 1, "lr": 0.1}
+    with pytest.raises(UnknownName, match="quick"):
+        settings.recipe("quik", PROFILES)
+
+
+def test_a_runs_identity_leaves_out_what_it_runs_over():
+    recipe = settings.recipe("quick", PROFILES, seed=1)
+    assert settings.identity(recipe) == {"profile": "quick", "epochs": 1, "lr": 0.1}
+
+
+def test_scale_says_what_was_reduced():
+    assert settings.scaled("full", "5 epochs") == "full"
+    assert settings.scaled("reduced", "5 epochs") == "reduced: 5 epochs"
+
+
+@pytest.mark.parametrize("value", [[2, 4.5], (2, 4.5), "2, 4.5", "2,4.5"])
+def test_lists_in_every_spelling(value):
+    assert settings.listed(value) == [2.0, 4.5]
+
+
+def test_single_values_become_lists():
+    assert settings.listed(2) == settings.listed("2") == [2.0]
+    assert settings.listed("tt, cp", str) == ["tt", "cp"]
+
+
+def test_the_quick_profile_alone_shrinks_large_images(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            pixels = np.full((64, 64, 3), 20 * number, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    source = f"imagefolder:{tmp_path}"
+    assert settings.load(source, "quick").input_shape == (3, 32, 32)
+    assert settings.load(source, "full").input_shape == (3, 64, 64)
+    assert settings.load(source, "quick", image_size=48).input_shape == (3, 48, 48)
+    assert settings.load("digits", "quick").input_shape == (1, 8, 8)
