@@ -214,12 +214,15 @@ def _run(
         settings = {**stage(options, "finetune", begun), **arm.finetune}
         with watch.running():
             history, found = fit_selected(small, counted, **settings)
-        tables = {**tables, "finetune": history.rows}
+        tables = {**tables, "finetune": tables.get("finetune", []) + history.rows}
         final, last = found["selected"], found["last"]["test"]
     else:
         final, last = accuracies(small, data, device), None
     labels = arm.trains or bool(arm.finetune.get("epochs")) or start.trained
-    images = start.images + counted.drawn.get("train", 0)
+    # Epochs that a checkpoint brought were not seen here, but are in the tables.
+    trained = [epoch for table in tables.values() for epoch in table if "train_loss" in epoch]
+    images = max(start.images + counted.drawn.get("train", 0), len(trained) * len(data.train))
+    seconds = max(watch.seconds, sum(epoch["seconds"] for epoch in trained))
     whole = tdlib.compare(dense, small, data.input_shape, repeats=5).whole
     alike = agreement(dense, small, data, "test", device=device)
     row = {
@@ -234,7 +237,7 @@ def _run(
         "params_ratio": whole["params_ratio"],
         "macs_ratio": whole["macs_ratio"],
         "speedup": whole["speedup"],
-        "seconds": watch.seconds,
+        "seconds": seconds,
         "images": images,
         "labels": labels,
         "epochs": images / len(data.train) if labels else 0.0,

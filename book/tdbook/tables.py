@@ -34,9 +34,11 @@ def summary(
     """Each group of `keys` as a row: mean ± standard deviation over its rows (the mean alone of one row), a
     dash where nothing was measured, and `n`, the number of rows.
 
-    values: columns, or column -> heading. Columns and keys that the frame lacks are left out.
+    values: columns, or column -> heading. Columns and keys that the frame lacks are left out. In a frame of
+    `records` a metric (`metric_NAME`) goes before the parameter of its name.
     """
     headings = dict(values) if isinstance(values, Mapping) else {name: name for name in values}
+    frame = frame.assign(**{n: frame[f"metric_{n}"] for n in headings if f"metric_{n}" in frame.columns})
     shown = [name for name in headings if name in frame.columns]
     groups = frame.groupby([key for key in keys if key in frame.columns], sort=False, dropna=False)
 
