@@ -140,8 +140,8 @@ def experiment(
     fine-tuning); and val_accuracy. agreement with the dense network's top-1 (percent) and kl divergence from
     it (nats) on test, n images. params_ratio, macs_ratio and speedup (measured, batch of one): dense /
     compressed. seconds: of the whole arm from the dense network on, without measuring. images: inputs drawn
-    from the training split; labels: whether their labels were used; epochs: passes through the split with
-    labels.
+    from the training split by the process that finished the row; labels: whether their labels were used;
+    epochs: of all its training.
     """
     results, started = Results(), time.perf_counter()
     same = {"progress": progress, **(training or {})}
@@ -219,9 +219,8 @@ def _run(
     else:
         final, last = accuracies(small, data, device), None
     labels = arm.trains or bool(arm.finetune.get("epochs")) or start.trained
-    # Epochs that a checkpoint brought were not seen here, but are in the tables.
+    # Epochs that a checkpoint brought took their seconds in an earlier process.
     trained = [epoch for table in tables.values() for epoch in table if "train_loss" in epoch]
-    images = max(start.images + counted.drawn.get("train", 0), len(trained) * len(data.train))
     seconds = max(watch.seconds, sum(epoch["seconds"] for epoch in trained))
     whole = tdlib.compare(dense, small, data.input_shape, repeats=5).whole
     alike = agreement(dense, small, data, "test", device=device)
@@ -238,9 +237,9 @@ def _run(
         "macs_ratio": whole["macs_ratio"],
         "speedup": whole["speedup"],
         "seconds": seconds,
-        "images": images,
+        "images": start.images + counted.drawn.get("train", 0),
         "labels": labels,
-        "epochs": images / len(data.train) if labels else 0.0,
+        "epochs": len(trained),
         **arm.columns(tables),
     }
     return row, tables, small, plan
