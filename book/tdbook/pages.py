@@ -110,7 +110,7 @@ def queue() -> str:
 
 
 def chapter_map() -> str:
-    """The chapters of the table of contents that are staged: question and paper from their notebook's metadata."""
+    """Question and paper, from the notebooks' metadata, of the staged chapters in the order of the contents."""
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
     files = [ROOT / f"{row['file']}.ipynb" for part in toc["parts"] for row in part["chapters"]]
     rows = []

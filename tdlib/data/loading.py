@@ -113,8 +113,10 @@ def _find(name: str, root: str | Path | None) -> sources.Found:
     raise unknown("data set", name, available())
 
 
-def _numbers(name: str, value: Sequence[float] | str | None) -> Sequence[float] | None:
-    """Numbers given as such or as text with commas."""
+def _numbers(name: str, value: Sequence[float] | float | str | None) -> Sequence[float] | None:
+    """Numbers given as such, one alone, or as text with commas."""
+    if isinstance(value, int | float):
+        return [float(value)]
     if not isinstance(value, str):
         return value
     try:

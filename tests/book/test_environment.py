@@ -49,7 +49,7 @@ def test_the_readme_explains_every_dependency():
 
 
 #: What only training, the methods or the book may import.
-EXTRA = "accelerate pandas sklearn matplotlib seaborn pydantic yaml tabulate papermill nbformat".split()
+EXTRA = "accelerate pandas sklearn matplotlib seaborn pydantic yaml papermill nbformat".split()
 BASE = f"""
 import sys
 sys.modules |= dict.fromkeys({EXTRA!r})
