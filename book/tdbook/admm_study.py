@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +16,8 @@ from tdbook import style
 from tdbook.experiment import Arm, Recorder, Results, Tables, experiment
 from tdbook.paths import RESULTS
 from tdbook.records import read_record, records
-from tdbook.settings import identity, scaled
+from tdbook.settings import file_name, identity, scaled
+from tdbook.settings import folder as folder
 from tdlib.data import Bundle
 from tdlib.decompositions.linalg import singular_values
 from tdlib.formats.projection import dense_weight, truncation_error
@@ -83,15 +82,6 @@ def recorder(chosen: SimpleNamespace, images: int) -> Recorder:
     return Recorder("admm_tt", about, scaled(chosen.profile.replace("modern", "full"), lacks))
 
 
-def folder(checkpoint_dir: str | None, *names: str) -> Path | None:
-    """A folder of its own inside the checkpoints', for a data set and a model by name."""
-    return None if checkpoint_dir is None else Path(checkpoint_dir) / _plain("-".join(names))
-
-
-def _plain(name: str) -> str:
-    return re.sub("[:/]", "-", name)
-
-
 def trained(
     model: str, data: Bundle, epochs: int, options: Options, **given: Any
 ) -> Callable[[int], nn.Module]:
@@ -101,7 +91,7 @@ def trained(
     def network(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         fresh = build(model, data.classes, input_shape=data.input_shape, **given)
-        return _train(fresh, data, epochs, seed, options(f"{_plain(model)}-{seed}"))
+        return _train(fresh, data, epochs, seed, options(f"{file_name(model)}-{seed}"))
 
     return network
 

@@ -21,8 +21,6 @@ from tdbook.paths import BOOK
 from tdbook.schema import Strict, Text, validate
 from tdlib.errors import DataError
 
-VERDICTS = ("reproduced", "partly", "not reproduced", "not run yet")
-
 
 class Reported(Strict):
     """The paper's statement: a value with its unit, or a text."""

@@ -6,7 +6,6 @@ columns; a record of a row is the row.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 import tdlib
-from tdbook.records import parameter_hash, read_record, record
+from tdbook.records import read_record, record, record_path
 from tdlib.data import Bundle
 from tdlib.errors import BudgetError
 from tdlib.methods.registry import accepted
@@ -90,12 +89,11 @@ class Recorder:
     parameters: Mapping[str, Any]
     scale: str = "quick"
     notes: str | None = None
-    directory: Path | None = None  # default the environment variable TDLIB_RECORDS, else book/results
+    directory: Path | None = None  # default see `record_path`
 
     def read(self, about: Mapping[str, Any]) -> tuple[dict[str, Any], Tables] | None:
         """(row, tables) of an earlier run with these parameters, or None."""
-        folder = Path(self.directory or os.environ.get("TDLIB_RECORDS") or "book/results")
-        path = folder / f"{self.chapter}-{parameter_hash({**self.parameters, **about})}.json"
+        path = record_path(self.chapter, {**self.parameters, **about}, self.directory)
         if not path.is_file():
             return None
         found = read_record(path)
@@ -103,7 +101,7 @@ class Recorder:
 
     def write(self, about: Mapping[str, Any], row: Mapping[str, Any], tables: Tables, **more: Any) -> None:
         """Write the record of one row."""
-        metrics = {name: value for name, value in row.items() if name not in about and value is not None}
+        metrics = {name: value for name, value in row.items() if name not in about}
         record(
             self.chapter, {**self.parameters, **about}, metrics, directory=self.directory, scale=self.scale,
             wall_seconds=row["seconds"], history=tables, notes=self.notes, **more,
@@ -222,8 +220,8 @@ def _run(
     # Epochs that a checkpoint brought took their seconds in an earlier process.
     trained = [epoch for table in tables.values() for epoch in table if "train_loss" in epoch]
     seconds = max(watch.seconds, sum(epoch["seconds"] for epoch in trained))
+    alike = agreement(dense, small, data, "test", device=device)  # brings both to one device
     whole = tdlib.compare(dense, small, data.input_shape, repeats=5).whole
-    alike = agreement(dense, small, data, "test", device=device)
     row = {
         "dense_test_accuracy": accuracies(dense, data, device)["test"],
         **measured,

@@ -27,10 +27,9 @@ REPOSITORY = "https://github.com/tdlib/tdlib"
 BEGIN, END = "<!-- results:begin (python -m tdbook readme) -->", "<!-- results:end -->"
 
 
-def saved_records(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
+def saved_records() -> list[tuple[Path, dict[str, Any]]]:
     """(file, content) of every record under ``book/results``, by file name, checked."""
-    folder = RESULTS if folder is None else folder
-    return [(path, read_record(path)) for path in sorted(folder.rglob("*.json"))]
+    return [(path, read_record(path)) for path in sorted(RESULTS.rglob("*.json"))]
 
 
 def verdicts() -> list[claims.Verdict]:
@@ -110,7 +109,7 @@ def queue() -> str:
 
 
 def chapter_map() -> str:
-    """Question and paper, from the notebooks' metadata, of the staged chapters in the order of the contents."""
+    """Question and paper, from the notebooks' metadata, of staged chapters in the order of the contents."""
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
     files = [ROOT / f"{row['file']}.ipynb" for part in toc["parts"] for row in part["chapters"]]
     rows = []

@@ -102,7 +102,6 @@ def record(
     Raises NonFiniteError for NaN or infinity (name a missing number None), DataError for what is no JSON or
     breaks the schema, or where the file cannot be written.
     """
-    folder = Path(directory if directory is not None else os.environ.get("TDLIB_RECORDS") or "book/results")
     content: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "chapter": chapter,
@@ -125,14 +124,23 @@ def record(
     if notes is not None:
         content["notes"] = notes
     check(content, f"record of chapter {chapter!r}")
-    path = folder / f"{name or f'{chapter}-{parameter_hash(parameters)}'}.json"
+    path = record_path(chapter, parameters, directory)
+    path = path if name is None else path.with_name(f"{name}.json")
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text.encode())
     except OSError as error:
         raise DataError(f"record {path} could not be written: {error}") from error
     return path
+
+
+def record_path(chapter: str, parameters: Mapping[str, Any], directory: str | Path | None = None) -> Path:
+    """Where the record of these parameters lies: in `directory`, by default the environment variable
+    TDLIB_RECORDS or book/results. Raises DataError for parameters that have no JSON form.
+    """
+    folder = Path(directory or os.environ.get("TDLIB_RECORDS") or "book/results")
+    return folder / f"{chapter}-{parameter_hash(parameters)}.json"
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -152,11 +160,10 @@ def records(directory: str | Path = "book/results", chapter: str | None = None) 
     plain parameter and metric under its name (``metric_NAME`` where a parameter has the same name). Tables
     and histories stay in the files, see ``read_record``. Raises DataError for a file that breaks the schema.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder of records")
+    if not Path(directory).is_dir():
+        raise DataError(f"{directory} is not a folder of records")
     rows = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(Path(directory).rglob("*.json")):
         content = read_record(path)
         if chapter is None or content["chapter"] == chapter:
             rows.append(_row(path, content))

@@ -14,7 +14,7 @@ import tdbook
 import tdlib
 
 #: The command lines are described by their own help.
-HIDDEN = ("tdlib.cli", "tdlib.commands", "tdbook.__main__")
+HIDDEN = ("tdlib.cli", "tdbook.__main__")
 
 INTRODUCTION = """Made from the docstrings. These names can be taken from `tdlib` itself and are the stable
 ones; the pages below describe the modules that hold them, and what they are made of."""

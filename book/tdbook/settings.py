@@ -43,7 +43,12 @@ def scaled(profile: str, what: str) -> str:
 
 def folder(checkpoint_dir: str | None, *names: str) -> Path | None:
     """A folder of its own in `checkpoint_dir` for what the names say (a data set, a model); None without."""
-    return None if checkpoint_dir is None else Path(checkpoint_dir) / re.sub("[:/]", "-", "-".join(names))
+    return None if checkpoint_dir is None else Path(checkpoint_dir) / file_name(*names)
+
+
+def file_name(*names: str) -> str:
+    """The names (imagefolder:PATH, timm:NAME, ...) as one that a file can have."""
+    return re.sub("[:/]", "-", "-".join(names))
 
 
 def listed(value: Any, kind: Callable[[Any], Any] = float) -> list[Any]:

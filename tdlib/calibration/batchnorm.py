@@ -63,7 +63,7 @@ def correct_bias(
     """
     corrected = []
     for name in names:
-        W, What = dense.get_parameter(f"{name}.weight"), to_dense(compressed.get_submodule(name))
+        W, What = (to_dense(network.get_submodule(name)) for network in (dense, compressed))
         mean = statistics.means[name].to(W.device)
         shift = (W.double().flatten(1) - What.double().flatten(1)) @ mean
         if shift_output(compressed, name, shift, example):

@@ -177,8 +177,8 @@ def check_names(method: str, format: str | None, by: str, hyper: dict[str, Any])
     for name in hyper:
         if name not in valid:
             raise unknown(f"hyper-parameter of {method!r}", name, valid)
-    if format is not None and format not in METHODS[method].formats:
-        raise unknown(f"format of {method!r}", format, METHODS[method].formats)
+    if format is not None and format not in METHODS[method].choices:
+        raise unknown(f"format of {method!r}", format, METHODS[method].choices)
     if by not in ("params", "macs"):
         raise unknown("ratio kind", by, ("params", "macs"))
 

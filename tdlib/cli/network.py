@@ -44,13 +44,7 @@ def methods(as_json: JsonOption = False, debug: DebugOption = False) -> None:
 
     from tdlib.methods import METHODS
 
-    rows = {
-        name: {
-            "paper": row.paper, "data": row.data, "labels": row.labels, "training": row.training,
-            "formats": ", ".join(row.formats), "ratio": row.ratio,
-        }
-        for name, row in METHODS.items()
-    }  # fmt: skip
+    rows = {name: row.about for name, row in METHODS.items()}
     if as_json:
         typer.echo(json.dumps(rows))
         return

@@ -26,7 +26,7 @@ from tdlib.decompositions.base import Decomposition
 from tdlib.decompositions.linalg import check_ranks
 from tdlib.decompositions.modes import factorise_modes
 from tdlib.decompositions.sigma import pinv_root
-from tdlib.errors import RankError, TdlibError, unknown
+from tdlib.errors import NonFiniteError, RankError, TdlibError, unknown
 from tdlib.formats.chains import Layer
 
 Ranks = tuple[int, ...]
@@ -48,6 +48,14 @@ def kind_of(shape: Sequence[int]) -> str:
 def as_float(weight: Tensor) -> Tensor:
     """The weight in a type that decompositions compute in: float64 as it is, everything else float32."""
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+
+def finite(weight: Tensor, layer: str) -> Tensor:
+    """The weight of this layer, detached. Raises: NonFiniteError naming the layer where it has NaN or Inf."""
+    weight = weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(f"layer {layer!r} has NaN or Inf in its weight")
+    return weight
 
 
 class KernelFormat:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tdlib.errors import TdlibError
 
@@ -37,6 +38,15 @@ class Chain(nn.Sequential):
         for k, weight in enumerate(weights):
             scale = gain if k == len(weights) - 1 else 1.0
             weight.normal_(0.0, math.sqrt(scale / weight[0].numel()))
+
+
+def computes_plainly(layer: nn.Module) -> bool:
+    """Whether the layer computes what nn.Conv2d or nn.Linear compute, from a weight of its own: a subclass
+    with a forward of its own does not, nor does a layer with a parametrised weight."""
+    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    names = ("forward", "_conv_forward")
+    same = all(getattr(type(layer), name, None) is getattr(plain, name, None) for name in names)
+    return isinstance(layer, plain) and same and not parametrize.is_parametrized(layer)
 
 
 def to_dense(module: nn.Module) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tdlib.errors import DataError, NonFiniteError, TdlibError, unknown
-from tdlib.formats.base import KernelFormat, LayerPlan, get_format
-from tdlib.formats.chains import Layer
+from tdlib.errors import DataError, TdlibError, unknown
+from tdlib.formats.base import KernelFormat, LayerPlan, finite, get_format
+from tdlib.formats.chains import Layer, computes_plainly
 from tdlib.network import attach, provenance
 
 
@@ -40,11 +40,9 @@ def decompose(
     fisher = getattr(statistics, "weights", {})
 
     def factorised(name: str, layer: Layer, bound: KernelFormat, ranks: Sequence[int]) -> nn.Module:
-        weight = layer.weight.detach()
-        if not bool(torch.isfinite(weight).all()):
-            raise NonFiniteError(f"layer {name!r} has NaN or Inf in its weight")
         sigma = None if statistics is None else statistics[name]
-        return bound.module(layer, bound.decompose(weight, ranks, sigma, fisher.get(name)))
+        factors = bound.decompose(finite(layer.weight, name), ranks, sigma, fisher.get(name))
+        return bound.module(layer, factors)
 
     with torch.no_grad():
         return _replaced(model, plan, factorised, progress)
@@ -56,14 +54,18 @@ def skeleton(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     return _replaced(model, plan, lambda name, layer, bound, ranks: bound.random(layer, ranks))
 
 
-def install(model: nn.Module, name: str, module: nn.Module, planned: LayerPlan) -> None:
-    """Put `module` in the place of layer `name`, wherever that is registered, and note it; in place."""
-    old = model.get_submodule(name)
+def install(model: nn.Module, name: str, module: nn.Module, planned: LayerPlan) -> nn.Module:
+    """Put `module` in the place of layer `name`, wherever that is registered, and note it; in place.
+
+    Returns the model; `module` itself where the layer is the whole model (name "").
+    """
+    old, about = model.get_submodule(name), provenance(model)
     for parent, attribute in _places(model, old):
         setattr(parent, attribute, module)
-    about = provenance(model)
     about.layers[name] = planned
-    attach(model, about)
+    result = module if old is model else model
+    attach(result, about)
+    return result
 
 
 def project(weight: Tensor, format: str, ranks: Sequence[int], **options: Any) -> Tensor:
@@ -89,12 +91,7 @@ def _replaced(
                 raise
             raise type(error)(f"layer {name!r}: {error}") from error
         planned = LayerPlan(planned.format, bound.clip(planned.ranks), bound.options)
-        if layer is result:
-            result = module
-            attach(result, about)
-            about.layers[name] = planned
-        else:
-            install(result, name, module, planned)
+        result = install(result, name, module, planned)
     if hasattr(plan, "to_dict"):
         about.plan = plan.to_dict()
     return result
@@ -102,7 +99,7 @@ def _replaced(
 
 def _find(model: nn.Module, name: str) -> Layer:
     """The Conv2d or Linear of that name in the model."""
-    known: dict[str, Any] = {n: m for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
+    known: dict[str, Any] = {n: m for n, m in model.named_modules() if computes_plainly(m)}
     if name not in known:
         raise unknown("layer", name, known)
     if getattr(known[name], "groups", 1) != 1:

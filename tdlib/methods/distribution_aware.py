@@ -34,6 +34,7 @@ from tdlib.calibration import TEMPERATURE, Statistics, calibration_batches, damp
 from tdlib.calibration.statistics import shrink, shrinkage_for
 from tdlib.decompositions.sigma import corrected_target, sigma_error
 from tdlib.formats import decompose, install, to_dense
+from tdlib.formats.base import finite
 from tdlib.methods.direct import Tables
 from tdlib.network import attach, provenance
 from tdlib.planning import Plan, count, end_layers
@@ -118,7 +119,7 @@ def in_sequence(
     order = calibration.call_order(model, plan, batches[0][:1])
     for name in tqdm(order, "decomposition", unit="layer", disable=not progress):
         layer: Any = model.get_submodule(name)
-        W, bound = layer.weight.detach(), plan[name].bind(layer.weight.shape)
+        W, bound = finite(layer.weight, name), plan[name].bind(layer.weight.shape)
         p = calibration.paired(model, small, name, batches)
         sigma, cross = p.sigma, p.cross
         if bias_correction:
@@ -128,7 +129,7 @@ def in_sequence(
         sigma = shrink(sigma, amount)
         target = corrected_target(W, cross.to(W.device), sigma.to(W.device))
         factors = bound.decompose(target, plan[name].ranks, sigma, weights.get(name))
-        install(small, name, bound.module(layer, factors), plan[name])
+        small = install(small, name, bound.module(layer, factors), plan[name])
         if bias_correction:
             What = to_dense(small.get_submodule(name)).detach().double().flatten(1)
             shift = W.double().flatten(1) @ p.dense_mean.to(W.device) - What @ p.mean.to(W.device)
@@ -144,6 +145,7 @@ def measured(
     data: Any,
     *,
     format: str = "tucker2",
+    by: str = "params",
     skip: Sequence[str] | None = None,
     ranks: Mapping[str, Sequence[int]] | None = None,
     options: Mapping[str, Any] | None = None,
@@ -160,9 +162,9 @@ def measured(
     is fitted in sequence then.
     """
     batches = calibration_batches(data, samples, seed=seed, device=next(model.parameters()).device)
-    shape = tuple(getattr(data, "input_shape", None) or batches[0].shape[1:])
-    skip = end_layers(model) if skip is None else tuple(skip)
-    layers, _ = candidates(model, count(model, shape), format, "params", skip, options or {})
+    cost = count(model, batches[0].shape[1:])
+    skip = end_layers(model) if skip is None else skip
+    layers, _ = candidates(model, cost, format, by, skip, options or {})
     names = [c.name for c in layers if ranks is None or any(fnmatchcase(c.name, p) for p in ranks)]
     if not names:  # nothing to measure; planning says why
         return {}

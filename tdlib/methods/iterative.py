@@ -110,7 +110,7 @@ def iterative(
             if not changed:
                 continue
             for name, ranks in changed.items():
-                install(small, name, sites[name].shrink(ranks), LayerPlan(plan.format, ranks))
+                small = install(small, name, sites[name].shrink(ranks), LayerPlan(plan.format, ranks))
             now |= changed
             on_decomposed(small)
             options = stage({"lr": stage_lr, **training}, f"pass{number}-group{group}", started)

@@ -12,28 +12,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from tdlib.calibration import calibration_batches
 from tdlib.errors import DataError, TdlibError, needs, unknown
+from tdlib.formats import FORMATS
 from tdlib.network import attach, provenance
 from tdlib.planning import Plan, end_layers, plan
 from tdlib.train import accuracies, fit, fit_selected, stage
 
-FACTORISED = ("tt", "tucker2", "cp", "cp4", "svd", "tr", "tt-matrix")
+EVERY = "*"  # among a method's formats: all that are registered
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
 
-    run: "module:function". formats: that it works in, its own choice first. planner: "module:function" of
-    (model, data, *, format, ratio, by, ...) -> plan, where `compress` should not use `planned`. prepare:
-    "module:function" of (model, data, *, ...) -> arguments for planner and run, measured once for both.
-    defaults: arguments that `compress` sets otherwise. finetune_epochs: after the method, where the caller
-    does not say.
+    run: "module:function". formats: that it works in, its own choice first; `EVERY` stands for all. planner:
+    "module:function" of (model, data, *, format, ratio, by, ...) -> plan, where `compress` should not use
+    `planned`. prepare: "module:function" of (model, data, *, ...) -> arguments for planner and run, measured
+    once for both. defaults: arguments that `compress` sets otherwise. finetune_epochs: after the method,
+    where the caller does not say.
     """
 
     run: str
@@ -48,14 +50,28 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     finetune_epochs: int = 0
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The formats by name."""
+        named = (FORMATS if name == EVERY else (name,) for name in self.formats)
+        return tuple(dict.fromkeys(chain.from_iterable(named)))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the table of methods says of it."""
+        return {
+            "paper": self.paper, "data": self.data, "labels": self.labels, "training": self.training,
+            "formats": ", ".join(self.choices), "ratio": self.ratio,
+        }  # fmt: skip
+
 
 METHODS: dict[str, Method] = {
     "direct": Method(
-        "tdlib.methods.direct:direct", "baseline: decompose once", FACTORISED,
+        "tdlib.methods.direct:direct", "baseline: decompose once", ("tt", EVERY),
         data="for measuring and fine-tuning", labels=False, training="optional fine-tuning",
     ),
     "admm": Method(
-        "tdlib.methods.admm:admm", "Yin et al., CVPR 2021", FACTORISED,
+        "tdlib.methods.admm:admm", "Yin et al., CVPR 2021", ("tt", EVERY),
         training="full training, then fine-tuning", finetune_epochs=10,
     ),
     "iterative": Method(
@@ -79,13 +95,7 @@ METHODS: dict[str, Method] = {
 
 def available() -> Any:
     """pandas table of the methods: paper, needs (data, labels, training), formats, how the ratio is kept."""
-    rows = [
-        {
-            "name": name, "paper": row.paper, "data": row.data, "labels": row.labels,
-            "training": row.training, "formats": ", ".join(row.formats), "ratio": row.ratio,
-        }
-        for name, row in METHODS.items()
-    ]  # fmt: skip
+    rows = [{"name": name, **row.about} for name, row in METHODS.items()]
     return needs("pandas", "train").DataFrame(rows).set_index("name")
 
 
@@ -124,10 +134,10 @@ def compress(
     by harm, outputs weighted, layers fitted in sequence, which keep more accuracy at equal ratio. The paper's
     own: `rule="uniform", weigh_outputs=False, sequential=False`.
 
-    What was measured on the way is in `tdlib.provenance(result).report`: "method"; "settings" as given;
-    "plan", "params_ratio" and "macs_ratio" of the result; with a data set accuracies in percent on its
-    validation and test splits, "dense", "before" and "after" fine-tuning; "history", the tables of the method
-    and of fine-tuning; "seconds".
+    What was measured on the way is in `tdlib.provenance(result).report`: "method"; "settings", the arguments
+    that are numbers or text; "plan", "params_ratio" and "macs_ratio" of the result; with a data set
+    accuracies in percent on its validation and test splits, "dense", "before" and "after" fine-tuning;
+    "history", the tables of the method and of fine-tuning; "seconds".
 
     Raises: UnknownName for a method, a format or a hyper-parameter that does not exist, with the valid names;
     BudgetError where the ratio cannot be reached; DataError where labels are needed and there are none.
@@ -135,7 +145,7 @@ def compress(
     row, started = _row(method), time.perf_counter()
     run, planner = _function(row.run), _function(row.planner)
     epochs = row.finetune_epochs if finetune_epochs is None else finetune_epochs
-    asked: dict[str, Any] = {"format": format or row.formats[0], "ratio": ratio, "by": by}
+    asked: dict[str, Any] = {"format": format or row.choices[0], "ratio": ratio, "by": by}
     asked |= {"skip": skip, "rule": rule, "ranks": ranks, "options": options}
     asked |= {"seed": seed, "device": device, "progress": progress}
     asked = {name: value for name, value in asked.items() if value is not None} | hyper
@@ -178,8 +188,8 @@ def _check(method: str, asked: Mapping[str, Any], hyper: Mapping[str, Any]) -> N
     for name in hyper:
         if name not in hyperparameters(method):
             raise unknown(f"hyper-parameter of {method!r}", name, hyperparameters(method))
-    if asked["format"] not in row.formats:
-        raise unknown(f"format for {method!r}", asked["format"], row.formats)
+    if asked["format"] not in row.choices:
+        raise unknown(f"format for {method!r}", asked["format"], row.choices)
     valid = [*_names(_function(row.planner)), *_names(_function(row.run))]
     for name in ("rule", "ranks", "options"):
         if name in asked and name not in valid:

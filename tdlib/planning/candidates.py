@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from tdlib.errors import TdlibError, unknown
 from tdlib.formats import Format, KernelFormat, Ranks, get_format, kind_of
+from tdlib.formats.chains import computes_plainly
 from tdlib.planning.cost import Call, Cost
 
 
@@ -159,10 +160,7 @@ def _obstacle(layer: nn.Module, row: Format, calls: Sequence[Call], shared: Sequ
         return "depthwise convolution" if depthwise else f"grouped convolution ({layer.groups} groups)"
     if parametrize.is_parametrized(layer):
         return "its weight is parametrised"
-    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    if type(layer).forward is not plain.forward or getattr(type(layer), "_conv_forward", None) is not getattr(
-        plain, "_conv_forward", None
-    ):
+    if not computes_plainly(layer):
         return f"{name} has a forward of its own"
     if shared:
         return f"its weight is shared with {', '.join(shared)}"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tdlib.decompositions.sigma import pinv_root
-from tdlib.errors import DataError, NonFiniteError, TdlibError
+from tdlib.errors import DataError, TdlibError
 from tdlib.formats import Ranks
+from tdlib.formats.base import finite
 from tdlib.planning.candidates import Candidate
 
 Point = tuple[Ranks | None, float, float]
@@ -124,10 +125,7 @@ def harm_curve(
 
 def finite_weight(candidate: Candidate) -> Tensor:
     """The layer's kernel in float64. Raises NonFiniteError naming the layer."""
-    weight = candidate.weight.double()
-    if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteError(f"layer {candidate.name!r} has NaN or Inf in its weight")
-    return weight
+    return finite(candidate.weight, candidate.name).double()
 
 
 def kept_energy(candidate: Candidate) -> Callable[[float], Ranks]:

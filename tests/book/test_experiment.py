@@ -140,6 +140,9 @@ def test_records_are_written_and_read_instead_of_run(run, plan, tmp_path):
     first = run(arms, seeds=(0, 1), recorder=recorder)
     files = sorted(tmp_path.iterdir())
     assert len(files) == 2
+    untuned = {"direct": Arm(direct, plan)}  # a number that was not measured is a column all the same
+    rows = [run(untuned, recorder=recorder).rows for _ in range(2)]
+    assert rows[0] == rows[1] and set(rows[1][0]) == ALWAYS | DECOMPOSED
     content = read_record(files[0])
     assert content["chapter"] == "toy" and content["scale"] == "quick"
     assert content["parameters"].keys() == {"dataset", "lr", "method", "ratio", "by", "seed"}

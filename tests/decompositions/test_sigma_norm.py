@@ -198,6 +198,29 @@ def test_the_corrected_target_gives_the_original_output_from_changed_inputs():
     torch.testing.assert_close(same, W, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_sigma_that_rounding_left_indefinite_will_do(name):
+    blind = second_moment(patches(6, 3, 20, dead=2))
+    rounded = blind - 1e-6 * blind.diagonal().mean() * torch.eye(54)  # products in float32 leave as much
+    plain, ours, compose = CASES[name]
+    assert sigma_error(W, compose(ours(rounded)), blind) < sigma_error(W, compose(plain()), blind)
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda V: of_tucker(tucker2_sigma(V, (4, 3), S)),
+        lambda V: of_tt(tt_sigma(V, (4, 3), S)),
+        lambda V: tt_compose(tt_sigma(V, (3, 4, 3, 2), S, *MODES)),
+        lambda V: cp_compose(cp_sigma(V, 14, S)),
+        lambda V: cp_compose(cp_sigma(V, 14, S, four=True)),
+        lambda V: torch.matmul(*svd_sigma(V.flatten(1), 3, S)),
+    ],
+)
+def test_a_kernel_of_zeros_stays_one(fit):
+    assert fit(torch.zeros_like(W)).abs().max() < 1e-12
+
+
 def test_dead_layer_and_bad_sigma():
     zero = torch.zeros(54, 54)
     plain = tucker2_compose(*tucker2(W, (4, 3), sweeps=30))

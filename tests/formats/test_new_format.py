@@ -80,6 +80,13 @@ def test_it_is_projected_batched_and_decomposed_under_sigma(model):
     assert (aware - dense).norm() < (plain - dense).norm()
 
 
+def test_a_method_compresses_in_it(model):
+    x = torch.randn(8, 1, 8, 8)
+    small = tdlib.compress(model, "direct", [x], format="thin", ratio=1.5, progress=False)
+    assert {layer.format for layer in tdlib.provenance(small).layers.values()} == {"thin"}
+    assert "thin" in tdlib.methods.available().loc["admm", "formats"]
+
+
 def test_it_is_exported(model, tmp_path):
     pytest.importorskip("onnxruntime")
     small = decompose(model, tdlib.plan(model, (1, 8, 8), "thin", 1.5))

@@ -66,6 +66,22 @@ def test_a_single_layer_can_be_the_model():
     assert provenance(small).layers == {"": LayerPlan("svd", (6,))}
 
 
+def test_a_subclass_that_computes_alike_is_replaced_one_with_its_own_forward_is_not():
+    class Named(nn.Conv2d):
+        pass
+
+    class Louder(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Named(8, 8, 3), Louder(8, 8, 3))
+    plan = tdlib.plan(model, (8, 6, 6), "tucker2", 1.2)
+    assert list(plan) == ["0"] and "forward of its own" in plan.skipped["1"]
+    assert type(decompose(model, plan)[0]) is Chain
+    with pytest.raises(UnknownName, match="unknown layer '1'"):
+        decompose(model, {"1": plan["0"]})
+
+
 def test_a_layers_plan_may_be_the_plain_dict_that_is_saved():
     planned = LayerPlan("tt", (3, 4, 2, 2), {"out_modes": (2, 4), "in_modes": [2, 4]})
     assert planned.options["in_modes"] == (2, 4)  # as JSON gives it back
@@ -101,7 +117,7 @@ def test_the_record_of_what_was_replaced_grows_and_is_copied():
 def test_install_puts_a_module_of_ones_own_everywhere():
     model = Net()
     other = decompose(model, table(body=("svd", (3,)))).body
-    install(model, "body", other, LayerPlan("svd", (3,)))
+    assert install(model, "body", other, LayerPlan("svd", (3,))) is model
     assert model.body is model.again is other
     assert provenance(model).layers == table(body=("svd", (3,)))
 

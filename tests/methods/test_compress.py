@@ -11,7 +11,7 @@ from torch import nn
 import tdlib
 from tdlib import methods
 from tdlib.errors import BudgetError, DataError, TdlibError, UnknownName
-from tdlib.methods.registry import METHODS, Method
+from tdlib.methods.registry import METHODS
 from tdlib.planning import Plan
 from tdlib.train.run import Run
 
@@ -190,23 +190,3 @@ def test_what_cannot_be_is_named_before_anything_runs(trained, digits, method, h
 def test_training_without_labels_is_refused(method, hyper, trained, digits) -> None:
     with pytest.raises(DataError, match="labels"):
         tdlib.compress(trained, method, [torch.randn(2, *digits.input_shape)], ratio=2.0, **hyper)
-
-
-# -- a method is a function and a row
-
-
-def halved(model, data, plan, *, strength: float = 0.5):
-    """A toy: decomposed, the classifier scaled."""
-    small = tdlib.decompose(model, plan)
-    with torch.no_grad():
-        small.linear.weight.mul_(strength)
-    return small, {"toy": [{"strength": strength}]}
-
-
-def test_a_method_is_a_function_and_one_row(trained, digits, monkeypatch) -> None:
-    monkeypatch.setitem(METHODS, "toy", Method(f"{__name__}:halved", "nobody", ("tucker2",), labels=False))
-    assert "toy" in methods.available().index and "strength" in methods.hyperparameters("toy")
-    small = tdlib.compress(trained, "toy", digits, ratio=2.0, strength=0.25, finetune_epochs=1, **QUICK)
-    report = tdlib.provenance(small).report
-    assert report["history"]["toy"] == [{"strength": 0.25}] and len(report["history"]["finetune"]) == 1
-    assert report["params_ratio"] == pytest.approx(2.0, rel=0.02)

@@ -7,7 +7,7 @@ import torch
 
 import tdlib
 from tdlib.calibration import calibration_batches, divergence, logits
-from tdlib.errors import BudgetError, CheckpointError, DataError, TdlibError, UnknownName
+from tdlib.errors import BudgetError, CheckpointError, DataError, NonFiniteError, TdlibError, UnknownName
 from tdlib.formats import get_format
 from tdlib.methods.distribution_aware import distribution_aware, in_sequence
 from tdlib.methods.registry import planned
@@ -131,6 +131,24 @@ def test_one_layer_in_sequence_is_that_layer_at_once(trained, batches, stats):
     torch.testing.assert_close(
         tdlib.to_dense(at_once.conv2), tdlib.to_dense(fitted.conv2), atol=1e-3, rtol=1e-3
     )
+
+
+def test_a_model_that_is_one_layer_is_fitted_in_sequence_too():
+    torch.manual_seed(0)
+    layer, x = torch.nn.Conv2d(6, 8, 3), torch.randn(64, 6, 6, 6)
+    plan = tdlib.plan(layer, x.shape[1:], "tucker2", 1.5)
+    small, _ = distribution_aware(layer, [x], plan, sequential=True)
+    assert tdlib.count(small, x.shape[1:]).params == plan.params
+    assert tdlib.provenance(small).layers == dict(plan) and tdlib.provenance(small).plan == plan.to_dict()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_nan_in_a_weight_names_the_layer(sequential):
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(6, 8, 3)), torch.randn(64, 6, 6, 6)
+    plan = tdlib.plan(model, x.shape[1:], "tucker2", 1.5)
+    torch.nn.init.constant_(model[0].weight, float("nan"))
+    with pytest.raises(NonFiniteError, match="layer '0'"):
+        distribution_aware(model, [x], plan, sequential=sequential)
 
 
 @pytest.mark.parametrize("sequential", [False, True])

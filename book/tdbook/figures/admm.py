@@ -101,7 +101,7 @@ def learning(records: pd.DataFrame) -> Figure:
     """Validation accuracy over the epochs of fine-tuning, a line per method and ratio of one experiment."""
     fig = lines(admm_study.learning(records["path"]), "epoch", "accuracy", "run", title=_title(records),
                 xlabel="epoch of fine-tuning", ylabel="validation accuracy (%)")  # fmt: skip
-    fig.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    fig.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return fig
 
 

@@ -56,10 +56,10 @@ def lines(table: Any, x: str, y: str | Mapping[str, str], by: str | None = None,
     return closed(grid.figure)
 
 
-def accuracy_against_ratio(table: Any, *, by: str = "method", x: str = "ratio", y: str = "accuracy",
+def accuracy_against_ratio(table: Any, *, by: str = "method", y: str = "accuracy",
                            dense: float | None = None, title: str | None = None) -> Figure:  # fmt: skip
     """Test accuracy (%) against the achieved ratio (log axis): a line per method."""
-    return lines(table, x, y, by, dense=dense, logx=True, title=title, ylabel="test accuracy (%)",
+    return lines(table, "ratio", y, by, dense=dense, logx=True, title=title, ylabel="test accuracy (%)",
                  xlabel="ratio (dense / compressed, BatchNorm left out)")  # fmt: skip
 
 

@@ -10,9 +10,14 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tdbook import style
+from tdbook import rstd_analysis, style
 from tdbook.figures.common import canvas, lines, plain_ticks, reference, spectrum
 from tdlib.decompositions.linalg import singular_values
+
+STEADY = {
+    "range_over_ratios": "range over ratios (points)", "sd_of_range": "± over seeds", "worst": "worst (%)",
+    "sd_over_seeds": "± at equal ratio (points)", "seeds": "n",
+}  # fmt: skip
 
 
 def _named(table: pd.DataFrame, column: str) -> dict[str, Any]:
@@ -44,6 +49,12 @@ def over_ratios(table: pd.DataFrame, dense: float | None = None) -> Figure:
     sns.stripplot(spread, x="method", y="range", color=style.BLACK, size=4, jitter=False, ax=right)
     right.set(xlabel="", ylabel="points", title="best − worst ratio, per seed")
     return fig
+
+
+def steadiness(table: pd.DataFrame) -> pd.DataFrame:
+    """`rstd_analysis.stability` with headings in words; a dash where one seed has no deviation."""
+    shown = rstd_analysis.stability(table).rename(columns=STEADY).round(2).astype(object)
+    return shown.where(shown.notna(), "–")
 
 
 def shuffling(kernel: Tensor, shuffled: Tensor) -> Figure:

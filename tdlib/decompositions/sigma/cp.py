@@ -46,7 +46,7 @@ def cp_sigma(
     trace = [] if trace is None else trace
     error = _error(p, A, B, khatri_rao(spatial))
     trace.append(float(error / p.total))
-    for _ in range(sweeps):
+    for _ in range(sweeps if p.total > 0 else 0):  # a zero kernel is found at once
         C = khatri_rao(spatial)
         A = _output(p, A, B, C)
         MA = torch.einsum("oki,or->kir", p.MS, A)

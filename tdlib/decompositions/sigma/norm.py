@@ -4,10 +4,11 @@ S = E[x x^T] is the uncentred second moment of the layer's input (patches for a 
 error is exactly the mean squared change of the layer's output. `S` has size (n, n) with n = I*kh*kw in the
 order of `W.reshape(O, -1)`: channel, then kh, then kw.
 
-S is singular more often than not (dead channels, constant padding, fewer patches than n). Every solver
-therefore minimises the norm of `S + ridge * mean(diag S) * I`: with a ridge of 1e-8 the Frobenius norm only
-decides among kernels which S cannot tell apart, and all projected systems are positive definite. Everything
-runs in float64.
+S is singular more often than not (dead channels, constant padding, fewer patches than n), and its products
+in float32 leave it with eigenvalues down to some -1e-6 * mean(diag S). Every solver therefore minimises the
+norm of `S + ridge * mean(diag S) * I`: with a ridge of 1e-8, or as much more as makes this positive definite,
+the Frobenius norm only decides among kernels which S cannot tell apart, and all projected systems are
+positive definite. Everything runs in float64.
 
 Source: Kalle et al., Distribution-aware tensor decomposition, NeurIPS 2025 (arXiv 2511.04494). The closed
 forms for core and output factor together, and for TT, are ours.
@@ -24,9 +25,10 @@ RIDGE = 1e-8
 
 
 def regularise(S: Tensor, ridge: float = RIDGE) -> Tensor:
-    """`S + ridge * mean(diag S) * I` in float64, symmetric; the identity where S is zero (a dead layer).
+    """`S + ridge * mean(diag S) * I` in float64, symmetric and positive definite: the ridge grows tenfold
+    until it is. The identity where S is zero (a dead layer).
 
-    Raises: DataError if S is not square, NonFiniteError if it holds NaN or Inf.
+    Raises: DataError if S is not square or far from positive semi-definite, NonFiniteError for NaN or Inf.
     """
     if S.ndim != 2 or S.shape[0] != S.shape[1]:
         raise DataError(f"Sigma must be a square matrix, got shape {tuple(S.shape)}")
@@ -37,8 +39,13 @@ def regularise(S: Tensor, ridge: float = RIDGE) -> Tensor:
     if scale <= 0:
         return torch.eye(S.shape[0], dtype=S.dtype, device=S.device)
     S = (S + S.T) / 2
-    S.diagonal().add_(ridge * scale)
-    return S
+    added = 0.0
+    while ridge < 1e-2:
+        S.diagonal().add_((ridge - added) * scale)
+        if not torch.linalg.cholesky_ex(S).info:
+            return S
+        added, ridge = ridge, 10 * ridge
+    raise DataError("Sigma is no second moment: it has large negative eigenvalues")
 
 
 def root(S: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def tucker2_sigma(
     )
     trace = [] if trace is None else trace
     trace.append(float(error / p.total))
-    for _ in range(sweeps if r_in < I else 0):
+    for _ in range(sweeps if r_in < I and p.total > 0 else 0):  # else found at once
         V = torch.linalg.qr(input_factor(p, U, G, V))[0]
         U, G, new = core_and_output(p, V, r_out)
         gain, error = error - new, new
