@@ -1,12 +1,12 @@
 """The book as a workflow: chapters -> staged pages -> HTML, and sweeps of a chapter over a grid.
 
-    snakemake --cores 2                                  every chapter (quick profile), then the book
+    snakemake --cores 2                                  chapters, then the book
     snakemake --cores 2 --config profile=full device=cuda chapters=admm_tt
     snakemake --cores 2 sweep --config sweep=admm_tt_ratio
     snakemake --profile profiles/slurm ...               the same rules as SLURM jobs
 
 Keys of PARAMETERS given by --config go to the notebooks that declare them; jobs=8 runs eight side by side, not two.
-A job is repeated when its notebook, parameters, the library or what it imports of tdbook changed, and not otherwise.
+A job is repeated when its notebook, parameters or `code` changed, and not otherwise.
 """
 import json
 import os
@@ -25,7 +25,7 @@ PARAMETERS = ("profile", "dataset", "model", "data_dir", "seed", "device")
 ALL = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 CHAPTERS = str(config["chapters"]).split(",") if "chapters" in config else ALL
 LIBRARY = sorted(map(str, Path("tdlib").rglob("*.py")))
-PAPERS = sorted(glob("book/papers/*.yml"))
+PAPERS = {yaml.safe_load(Path(path).read_text())["key"]: path for path in sorted(glob("book/papers/*.yml"))}
 TEXTS = ("*.*", "images/*", "papers/*.yml", "results/*", "static/*", "tdbook/**/*.py", "../benchmarks/*.json")
 PAGES = sorted(os.path.normpath(p) for pattern in TEXTS for p in Path("book").glob(pattern))
 PYTHON = shlex.quote(sys.executable)
@@ -35,8 +35,9 @@ SHARE = max(1, (workflow.cores or 8) // int(config.get("jobs", 2)))  # threads o
 
 
 def code(chapter):
-    """What a chapter runs on beside its notebook: the library, and the modules of tdbook that it imports."""
-    return LIBRARY + sources(f"notebooks/{chapter}.ipynb", "book/tdbook")
+    """What a chapter runs on beside its notebook: the library, what it imports of tdbook, the papers that it names."""
+    path = Path(f"notebooks/{chapter}.ipynb")
+    return LIBRARY + sources(path, "book/tdbook") + [f for key, f in PAPERS.items() if f'\\"{key}\\"' in path.read_text()]
 
 
 def arguments(values):
@@ -53,7 +54,6 @@ def cells(sweep):
 
 SPECS = yaml.safe_load(Path(config.get("sweeps", "book/sweeps.yml")).read_text()) or {}
 GRIDS = {name: cells(sweep) for name, sweep in SPECS.items()}
-
 wildcard_constraints:
     chapter="|".join(ALL),
     sweep="|".join(GRIDS) or "none",
@@ -70,7 +70,7 @@ rule book:
 
 
 rule chapter:
-    input: notebook="notebooks/{chapter}.ipynb", code=lambda w: code(w.chapter), papers=PAPERS,
+    input: notebook="notebooks/{chapter}.ipynb", code=lambda w: code(w.chapter),
         records=lambda w: sorted(glob(f"book/results/{w.chapter}-*.json")),
     output: BUILD + "/executed/{chapter}.ipynb",
     params: given=arguments(GIVEN),

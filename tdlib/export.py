@@ -34,7 +34,7 @@ def to_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int], *, o
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise TdlibError(
-            "ONNX export needs more packages: pip install onnx onnxscript onnxruntime"
+            "ONNX export needs more packages: pip install 'tdlib[onnx]'"
         ) from error
     network = _inference_copy(model)
     example = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))

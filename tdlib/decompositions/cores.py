@@ -32,24 +32,34 @@ def chain(cores: Sequence[Tensor]) -> Tensor:
 def close(cores: Sequence[Tensor]) -> Tensor:
     """The tensor (n_0, ..., n_{d-1}) of a ring of cores. Differentiable.
 
-    Two half chains, then one product over the bond between them and the closing one. From four modes on this
-    is less work than from first to last, as TensorLy does it; at three it is the same.
+    Two chains, then one product over the bond between them and the closing one; where they meet is chosen for
+    the least work (from first to last, as TensorLy does it, they meet before the last core).
     """
-    half = len(cores) // 2
-    if half == 0:
+    if len(cores) == 1:
         return cores[0].diagonal(dim1=0, dim2=2).sum(-1)
-    left, right = chain(cores[:half]), chain(cores[half:])  # (r_0, a, r), (r, b, r_0)
+    extents, ring = tuple(core.shape[1] for core in cores), tuple(core.shape[0] for core in cores)
+    at = _meeting(extents, ring)
+    left, right = chain(cores[:at]), chain(cores[at:])  # (r_0, a, r), (r, b, r_0)
     full = left.transpose(0, 1).flatten(1) @ right.permute(2, 0, 1).flatten(0, 1)
-    return full.reshape([core.shape[1] for core in cores])
+    return full.reshape(extents)
 
 
 def close_macs(extents: Shape, ring: Ranks) -> int:
     """Multiply-accumulates of `close`."""
-    half, bonds = len(extents) // 2, (*ring, ring[0])
-    if half == 0:
-        return 0
-    total = math.prod(extents) * bonds[0] * bonds[half]
-    for first, last in ((0, half), (half, len(extents))):
+    return 0 if len(extents) == 1 else _macs(extents, ring, _meeting(extents, ring))
+
+
+def _meeting(extents: Shape, ring: Ranks) -> int:
+    """Number of cores in the first of the two chains that `close` multiplies; of equals the most even."""
+    d = len(extents)
+    return min(range(1, d), key=lambda at: (_macs(extents, ring, at), abs(2 * at - d), at))
+
+
+def _macs(extents: Shape, ring: Ranks, at: int) -> int:
+    """Multiply-accumulates where the chains meet after `at` cores."""
+    bonds = (*ring, ring[0])
+    total = math.prod(extents) * bonds[0] * bonds[at]
+    for first, last in ((0, at), (at, len(extents))):
         done = list(accumulate(extents[first:last], mul))
         for k in range(first + 1, last):
             total += bonds[first] * done[k - first] * bonds[k] * bonds[k + 1]

@@ -19,7 +19,7 @@ from torch import nn
 
 from tdlib.calibration import calibration_batches
 from tdlib.errors import DataError, TdlibError, needs, unknown
-from tdlib.formats import FORMATS
+from tdlib.formats import FORMATS, get_format
 from tdlib.network import attach, provenance
 from tdlib.planning import Plan, end_layers, plan
 from tdlib.train import accuracies, fit, fit_selected, stage
@@ -75,7 +75,8 @@ METHODS: dict[str, Method] = {
         training="full training, then fine-tuning", finetune_epochs=10,
     ),
     "iterative": Method(
-        "tdlib.methods.iterative:iterative", "Gusak et al., ICCVW 2019", ("tucker2", "cp"),
+        "tdlib.methods.iterative:iterative",
+        "Gusak et al., ICCVW 2019; cores orthogonalised (ours)", ("tucker2", "cp"),
         training="fine-tuning after every step", ratio="reached step by step, stops at the target",
         planner="tdlib.methods.iterative:goal",
     ),
@@ -85,7 +86,8 @@ METHODS: dict[str, Method] = {
         planner="tdlib.methods.rstd:shuffled_plan",
     ),
     "distribution-aware": Method(
-        "tdlib.methods.distribution_aware:distribution_aware", "Kalle et al., NeurIPS 2025",
+        "tdlib.methods.distribution_aware:distribution_aware",
+        "Kalle et al., NeurIPS 2025; ranks by harm, outputs weighted, in sequence (ours)",
         ("tucker2", "cp", "cp4", "tt"), data="unlabelled inputs", labels=False,
         prepare="tdlib.methods.distribution_aware:measured",
         defaults={"rule": "global", "weigh_outputs": True, "sequential": True},
@@ -126,7 +128,9 @@ def compress(
     `samples` are used). format: default the method's first. skip: layers that stay dense; None: the first
     convolution and the classifier, as in the papers. rule, options: of `tdlib.plan` (the rule of "iterative"
     is its own); ranks: a table instead of a ratio. finetune_epochs at finetune_lr: training after the method
-    (default: 10 for "admm", else none); the epoch that is best on the validation split is kept. hyper:
+    (default: 10 for "admm", else none; the passes of "iterative" have `stage_epochs` and `stage_lr` of their
+    own); the epoch that is best on the validation split is kept. device: where it all runs and the result is;
+    None: methods that train choose a GPU where there is one, the others stay where the model is. hyper:
     arguments of the method and of `train.fit` (`hyperparameters(method)` lists them); checkpoint and
     max_minutes are for the whole.
 
@@ -217,6 +221,9 @@ def planned(
 
     data: a data set or a list of input batches, for the shape of one input.
     """
+    for name in options or {}:
+        if name not in get_format(format).options:
+            raise unknown(f"option of format {format!r}", name, get_format(format).options)
     shape = data.input_shape if hasattr(data, "input_shape") else data[0].shape[1:]
     return plan(
         model, tuple(shape), format, ratio, by, end_layers(model) if skip is None else skip, rule, ranks,
@@ -231,7 +238,8 @@ def hyperparameters(method: str) -> tuple[str, ...]:
     parts = [_function(place) for place in (row.run, row.planner, row.prepare) if place]
     names = [name for part in parts for name in _names(part)]
     names += [name for name in _names(fit) if name not in ("epochs", "lr", "hooks")]
-    return tuple(name for name in dict.fromkeys(names) if name not in _names(compress))
+    taken = [*_names(compress), "on_decomposed"]
+    return tuple(name for name in dict.fromkeys(names) if name not in taken)
 
 
 def accepted(

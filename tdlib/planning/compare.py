@@ -80,12 +80,18 @@ def compare(
     costs = [count(model, input_shape) for model in models]
     formats = {n: layer.format for model in models for n, layer in provenance(model).layers.items()}
     units = list(dict.fromkeys(_unit(row.name, formats) for cost in costs for row in cost.layers))
-    first = next((p for p in dense.parameters() if p.is_floating_point()), torch.zeros(()))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *input_shape, generator=generator).to(first)
+    places = [_place(model).device for model in models]
+    if places[0] != places[1]:
+        raise TdlibError(
+            f"the dense network is on {places[0]}, the compressed one on {places[1]}: move them to one "
+            "device, or their times say nothing of each other"
+        )
+    first, generator = _place(dense), torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *input_shape, generator=generator)
     rows = []
     with torch.no_grad(), evaluating(dense), evaluating(compressed):
-        inputs = [_inputs(model, units, x) for model in models]
+        own = [x.to(_place(model)) for model in models]
+        inputs = [_inputs(model, units, y) for model, y in zip(models, own, strict=True)]
         for name in units:
             sizes = [
                 (*cost.under(name), _bytes(model, name)) for model, cost in zip(models, costs, strict=True)
@@ -98,10 +104,15 @@ def compare(
             )
             rows.append(_row(name, formats.get(name, ""), sizes, _latency(runs, repeats, first.device)))
         whole = [(cost.params, cost.macs, size_on_disk(m)) for m, cost in zip(models, costs, strict=True)]
-        runs = [_call(model, (x,)) for model in models]
+        runs = [_call(model, (y,)) for model, y in zip(models, own, strict=True)]
         last = _row(WHOLE, "", whole, _latency(runs, repeats, first.device))
     last["params_ratio"] = _ratio(costs[0].weights, costs[1].weights)
     return Comparison((*rows, last), tuple(input_shape), batch, str(first.device))
+
+
+def _place(model: nn.Module) -> Tensor:
+    """A tensor of the type and on the device of the model's first floating-point parameter."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
 
 
 def _unit(name: str, formats: dict[str, str]) -> str:

@@ -24,7 +24,7 @@ def test_names_without_a_colour_get_those_that_are_left():
 
 def test_equal_tables_give_equal_pictures_with_the_mean_of_each_point():
     runs = itertools.product((2, 4), ("tt", "cp"), range(3))
-    rows = [{"ratio": r, "method": m, "accuracy": 90.0 - r * seed} for r, m, seed in runs]
+    rows = [{"ratio": r, "method": m, "test_accuracy": 90.0 - r * seed} for r, m, seed in runs]
     pictures = []
     for _ in range(2):
         figure, buffer = common.accuracy_against_ratio(rows, dense=95.0), io.BytesIO()

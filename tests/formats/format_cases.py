@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdlib.formats import KernelFormat, get_format, project, to_dense
+from tdlib.formats import FORMATS, KernelFormat, get_format, project, to_dense
 
 Case = tuple[str, str, dict[str, Any]]  # layer, format, options
 
@@ -64,6 +64,16 @@ MATRICES: list[tuple[str, dict[str, Any]]] = [
 PAIRED: list[tuple[str, dict[str, Any]]] = [
     ("tt-matrix", {}),
     ("tt-matrix", {"out_modes": (2, 2, 2), "in_modes": (3, 1, 2)}),
+]
+
+# A format that is not named above is tried as it comes, on every kind of layer that it takes.
+NAMED = {*WAYS, *(format for format, _ in [*OTHERS, *MATRICES, *PAIRED])}
+OTHERS += [(name, {}) for name, row in FORMATS.items() if name not in NAMED and "conv" in row.kinds]
+MATRICES += [(name, {}) for name, row in FORMATS.items() if name not in NAMED and "pointwise" in row.kinds]
+PAIRED += [
+    (name, {})
+    for name, row in FORMATS.items()
+    if name not in NAMED and "linear" in row.kinds and "pointwise" not in row.kinds
 ]
 
 CASES: list[Case] = [

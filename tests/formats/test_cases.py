@@ -27,7 +27,7 @@ from tdlib.formats.chains import Chain
 table = pytest.mark.parametrize(("name", "format", "options"), CASES, ids=case_id)
 kinds = pytest.mark.parametrize(("name", "format", "options"), KINDS, ids=case_id)
 #: Every format with a layer that it holds.
-EACH = [("linear" if format == "tt-matrix" else "3x3", format) for format in sorted(FORMATS)]
+EACH = [("3x3" if "conv" in FORMATS[name].kinds else "linear", name) for name in sorted(FORMATS)]
 
 
 def bind(name, format, options):

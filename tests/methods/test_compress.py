@@ -151,7 +151,7 @@ def test_the_table_has_a_row_for_every_method() -> None:
     [
         ("direct", {"statistics", "multiple", "batch_size"}),
         ("admm", {"rho", "epochs", "lr", "track_distance", "checkpoint"}),
-        ("iterative", {"stage_epochs", "stage_lr", "weakening", "on_decomposed", "step_epochs"}),
+        ("iterative", {"stage_epochs", "stage_lr", "weakening", "step_epochs"}),
         ("rstd", {"shuffle", "order", "modes", "epochs"}),
         ("distribution-aware", {"samples", "weigh_outputs", "sequential", "statistics", "recalibrate"}),
     ],

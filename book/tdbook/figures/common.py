@@ -56,7 +56,7 @@ def lines(table: Any, x: str, y: str | Mapping[str, str], by: str | None = None,
     return closed(grid.figure)
 
 
-def accuracy_against_ratio(table: Any, *, by: str = "method", y: str = "accuracy",
+def accuracy_against_ratio(table: Any, *, by: str = "method", y: str = "test_accuracy",
                            dense: float | None = None, title: str | None = None) -> Figure:  # fmt: skip
     """Test accuracy (%) against the achieved ratio (log axis): a line per method."""
     return lines(table, "ratio", y, by, dense=dense, logx=True, title=title, ylabel="test accuracy (%)",
