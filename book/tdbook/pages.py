@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,9 @@ def queue() -> str:
     path = RESULTS / "QUEUE.md"
     if not path.is_file():
         return ""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return "\n".join("#" + line if line.startswith("#") else line for line in lines)  # one level down
+    texts = path.read_text(encoding="utf-8").split("```")
+    texts[::2] = [re.sub("^#", "##", text, flags=re.MULTILINE) for text in texts[::2]]  # outside code, a level down
+    return "```".join(texts)
 
 
 def chapter_map() -> str:
