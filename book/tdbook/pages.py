@@ -106,7 +106,8 @@ def queue() -> str:
     if not path.is_file():
         return ""
     texts = path.read_text(encoding="utf-8").split("```")
-    texts[::2] = [re.sub("^#", "##", text, flags=re.MULTILINE) for text in texts[::2]]  # outside code, a level down
+    # Outside of code, headings go a level down.
+    texts[::2] = [re.sub("^#", "##", text, flags=re.MULTILINE) for text in texts[::2]]
     return "```".join(texts)
 
 
