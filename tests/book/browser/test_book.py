@@ -9,7 +9,6 @@ import http.server
 import json
 import shutil
 import threading
-from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlparse
 
 import pytest
@@ -19,7 +18,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-HTML = Path(__file__).resolve().parents[2] / "book" / "_build" / "html"
+from tdbook.paths import BUILD
+
+HTML = BUILD / "html"
 PAGES = sorted(
     p.relative_to(HTML).as_posix() for part in ("book", "notebooks") for p in (HTML / part).rglob("*.html")
 )
