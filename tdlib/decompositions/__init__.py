@@ -9,7 +9,7 @@ from tdlib.decompositions.cp import CP, cp3, cp4, cp_als, cp_compose
 from tdlib.decompositions.linalg import check_finite, leading_left, singular_values, truncated_svd
 from tdlib.decompositions.modes import factorise_modes
 from tdlib.decompositions.ranks import energy_rank, evbmf_rank
-from tdlib.decompositions.svd import SVD, spatial_svd, svd_factors
+from tdlib.decompositions.svd import SVD, svd_factors
 from tdlib.decompositions.tr import TR, tr_clip, tr_compose, tr_svd
 from tdlib.decompositions.tt import (
     TT,
@@ -47,7 +47,6 @@ __all__ = [
     "leading_left",
     "matrix_to_tt_tensor",
     "singular_values",
-    "spatial_svd",
     "svd_factors",
     "tr_clip",
     "tr_compose",

@@ -1,4 +1,4 @@
-"""Factorisations that are a matrix SVD: plain, and spatial (k×1 then 1×k)."""
+"""The truncated SVD of a matrix, as two factors of equal norm."""
 
 from __future__ import annotations
 
@@ -20,19 +20,6 @@ def svd_factors(M: Tensor, r: int) -> tuple[Tensor, Tensor]:
     U, S, Vh = truncated_svd(M, r)
     root = S.sqrt()
     return U * root, root[:, None] * Vh
-
-
-@full_precision
-def spatial_svd(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """(V (r, I, kh, 1), H (O, r, 1, kw)), W[o, i, a, b] ≈ Σ_r H[o, r, b] V[r, i, a]; r ≤ min(I kh, O kw).
-
-    Source: Jaderberg et al. 2014 (arXiv 1405.3866), scheme 2, solved in closed form. Raises: RankError.
-    """
-    n_out, n_in, kh, kw = W.shape
-    A, B = svd_factors(W.permute(1, 2, 0, 3).reshape(n_in * kh, n_out * kw), r)
-    V = A.mT.reshape(-1, n_in, kh, 1)
-    H = B.reshape(-1, n_out, 1, kw).transpose(0, 1)
-    return V.contiguous(), H.contiguous()
 
 
 def _decompose(M: Tensor, ranks: Ranks) -> list[Tensor]:

@@ -21,9 +21,8 @@ from typing import Any
 from torch import nn
 
 from tdlib.errors import BudgetError, unknown
-from tdlib.methods.direct import Tables, untrained
+from tdlib.methods.direct import Tables, scratch
 from tdlib.planning import Plan, end_layers, plan
-from tdlib.train import fit_selected
 
 FORMATS = ("tt", "tr", "cp", "tucker")
 
@@ -43,9 +42,8 @@ def rstd(
     plan: of `shuffled_plan`. The epoch that is best on the validation split is kept. Other arguments go to
     `train.fit`. Tables: "cores", a row per epoch.
     """
-    small = untrained(model, plan, seed)
-    history, _ = fit_selected(small, data, epochs=epochs, lr=lr, seed=seed, **training)
-    return small, {"cores": history.rows}
+    small, tables = scratch(model, data, plan, epochs=epochs, lr=lr, seed=seed, **training)
+    return small, {"cores": tables["scratch"]}
 
 
 def shuffled_plan(

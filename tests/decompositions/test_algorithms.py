@@ -12,12 +12,12 @@ from tensorly.tr_tensor import TRTensor
 from tensorly.tt_matrix import TTMatrix
 from tensorly.tt_tensor import TTTensor
 from tensorly.tucker_tensor import TuckerTensor
+from torch import nn
 
 from tdlib.decompositions import (
     conv_to_tt_tensor,
     factorise_modes,
     matrix_to_tt_tensor,
-    spatial_svd,
     svd_factors,
     tr_clip,
     tr_compose,
@@ -35,6 +35,7 @@ from tdlib.decompositions import (
     tucker_compose,
 )
 from tdlib.errors import RankError
+from tdlib.formats import get_format
 
 
 def test_containers_are_tensorlys_and_the_backend_is_left_alone():
@@ -107,8 +108,9 @@ def test_ranks_above_the_bounds_are_cut_and_reported_by_the_shapes():
     assert tt_svd(torch.ones(5), ()).rank == (1, 1)
     assert tt_rank_bounds((12, 9, 8)) == (12, 8)
     assert svd_factors(W.flatten(1), 99)[0].shape == (12, 12)
-    V, H = spatial_svd(W, 99)
-    assert V.shape == (24, 8, 3, 1) and H.shape == (12, 24, 1, 3)
+    spatial = get_format("svd").bind(W.shape)
+    V, H = spatial.module(nn.Conv2d(8, 12, 3), spatial.decompose(W, 99))
+    assert V.weight.shape == (24, 8, 3, 1) and H.weight.shape == (12, 24, 1, 3)
     assert tr_clip((12, 9, 8), (99, 2, 99)) == (24, 2, 18)
 
 

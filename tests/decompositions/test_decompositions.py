@@ -17,13 +17,13 @@ from tdlib.decompositions import (
     TR,
     TT,
     TUCKER,
-    spatial_svd,
     tt_matrix,
     tt_matrix_compose,
     tucker2,
     tucker2_compose,
 )
 from tdlib.errors import RankError
+from tdlib.formats import get_format
 
 FIVE = (SVD, TUCKER, TT, TR, CP)
 
@@ -33,7 +33,8 @@ def projection(D):
 
 
 def spatial(W, ranks):
-    return torch.einsum("riax,orxb->oiab", *spatial_svd(W, *ranks))
+    bound = get_format("svd").bind(W.shape)
+    return bound.compose(bound.decompose(W, ranks))
 
 
 def ttm(M, ranks):
