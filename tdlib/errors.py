@@ -12,6 +12,8 @@ __all__ = [
     "CheckpointError",
     "ClassCountError",
     "DataError",
+    "FileError",
+    "MemoryLimitError",
     "NonFiniteError",
     "RankError",
     "TdlibError",
@@ -50,6 +52,14 @@ class ClassCountError(DataError):
 
 class CheckpointError(TdlibError):
     """A checkpoint or saved model that is corrupt, foreign or of another run."""
+
+
+class FileError(TdlibError):
+    """A file that cannot be written: no such folder, read-only, disk full."""
+
+
+class MemoryLimitError(TdlibError):
+    """Work that would take more memory than there is; the message says which part and what to do."""
 
 
 class NonFiniteError(TdlibError):

@@ -30,8 +30,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write the network to `path` (.safetensors), whole or not at all.
 
     A network of `tdlib.models.build`, decomposed or not, is loaded by the path alone; any other needs the
-    dense network again at loading. Raises: CheckpointError if the state holds something else than tensors or
-    cannot be written.
+    dense network again at loading. Raises: CheckpointError if the state holds something else than tensors,
+    FileError if the file cannot be written.
     """
     import tdlib
 
@@ -53,10 +53,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         text = json.dumps(header)
     except TypeError as error:
         raise CheckpointError(f"the network's record cannot be written as JSON: {error}") from error
-    try:
-        write_atomic(path, to_bytes(tensors, metadata={KEY: text, "format": "pt"}))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+    write_atomic(path, to_bytes(tensors, metadata={KEY: text, "format": "pt"}))
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:

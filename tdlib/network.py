@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -34,6 +36,16 @@ def provenance(model: nn.Module) -> Provenance:
 def attach(model: nn.Module, about: Provenance) -> None:
     """Make `about` the network's own; copies of the network take it along."""
     model.__dict__["_tdlib"] = about
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers: equal weights, equal
+    fingerprint, on whichever device."""
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        sha.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 @contextmanager

@@ -4,11 +4,13 @@ import copy
 import os
 
 import pytest
+import torch
 from torch import nn
 
-from tdlib.errors import TdlibError, needs, unknown
+from tdlib import memory
+from tdlib.errors import FileError, MemoryLimitError, TdlibError, needs, unknown
 from tdlib.files import write_atomic
-from tdlib.network import Provenance, attach, evaluating, provenance
+from tdlib.network import Provenance, attach, evaluating, fingerprint, provenance
 
 
 def test_of_many_valid_names_only_the_nearest_are_listed():
@@ -31,7 +33,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(FileError, match=r"cannot write .*No space left.*unchanged"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"onetwo" and list(tmp_path.iterdir()) == [path]
 
@@ -54,3 +56,33 @@ def test_provenance_stays_with_the_network_and_its_copies():
     provenance(other).report["seconds"] = 4.0
     assert provenance(net).report == {"seconds": 3.0}
     assert net.state_dict().keys() == {"weight", "bias"}
+
+
+def test_what_needs_more_memory_than_there_is_is_refused_with_the_way_out():
+    memory.require(0.5 * memory.free(), "this", "never")
+    with pytest.raises(MemoryLimitError, match=r"^the ring needs .*80 % of what is free.*: split it"):
+        memory.require(0.9 * memory.free() + 2**30, "the ring", "split it")
+    with pytest.raises(MemoryLimitError, match=r"3 GiB .*, 2 GiB may be used \(the limit given\)"):
+        memory.require(3 * 2**30, "this", "do less", limit=2 * 2**30)
+
+
+def test_a_container_s_share_bounds_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{2**20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {2**18}\nfile {2**30}\n")
+    assert memory.free() == 2**20 - 2**18
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free() > 2**20
+
+
+def test_a_fingerprint_is_of_names_and_values():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    same = copy.deepcopy(net)
+    assert fingerprint(net) == fingerprint(same) and len(fingerprint(net)) == 64
+    with torch.no_grad():
+        same[0].weight[0, 0] += 1e-6
+    assert fingerprint(net) != fingerprint(same)
+    assert fingerprint(net) != fingerprint(copy.deepcopy(net).double())
+    same = copy.deepcopy(net)
+    same[1].running_mean[0] = 1
+    assert fingerprint(net) != fingerprint(same)

@@ -21,12 +21,12 @@ from tdlib.methods import METHODS, Method
 ROOT = Path(tdlib.__file__).parent
 #: From the ground floor up; each room imports rooms below it only.
 ROOMS = (
-    "errors", "files", "network",
+    "errors", "files", "memory", "network",
     "decompositions", "formats", "calibration", "data", "models", "io", "train", "planning", "methods",
     "export", "cli",
 )  # fmt: skip
 #: One screen each and no algorithm: whoever reads one need not open them.
-STANDING = {"errors.py", "files.py", "network.py"}
+STANDING = {"errors.py", "files.py", "memory.py", "network.py"}
 
 
 def sources() -> dict[str, ast.Module]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tdlib
-from tdlib.errors import CheckpointError
+from tdlib.errors import CheckpointError, FileError
 from tdlib.formats import LayerPlan, skeleton
 from tdlib.io import size_on_disk
 from tdlib.network import provenance
@@ -147,7 +147,7 @@ def test_a_failed_save_leaves_the_old_file(small, tmp_path):
         tdlib.save(small, path)
     assert path.read_bytes() == before
     del provenance(small).layers["x"]
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(FileError, match="cannot write"):
         tdlib.save(small, tmp_path / "missing" / "m.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 

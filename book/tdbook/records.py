@@ -23,8 +23,8 @@ from pydantic import Field, field_validator
 
 from tdbook.paths import ROOT
 from tdbook.schema import Strict, Text, validate
-from tdlib.errors import DataError, NonFiniteError
-from tdlib.train.checkpoint import write_atomic
+from tdlib.errors import DataError, FileError, NonFiniteError
+from tdlib.files import write_atomic
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "torchvision", "tdlib", "tensorly", "numpy", "scipy", "accelerate", "scikit-learn")
@@ -130,7 +130,7 @@ def record(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text.encode())
-    except OSError as error:
+    except (OSError, FileError) as error:
         raise DataError(f"record {path} could not be written: {error}") from error
     return path
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdlib.errors import CheckpointError
+from tdlib.errors import CheckpointError, FileError
 from tdlib.files import write_atomic
 
 NAME = "checkpoint.tdlib"
@@ -49,9 +49,9 @@ def write(directory: Path, state: dict[str, Any]) -> Path:
     path = directory / NAME
     try:
         write_atomic(path, MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n", payload)
-    except OSError as error:
+    except FileError as error:
         kept = "the last good checkpoint is kept" if path.exists() else "there is no earlier checkpoint"
-        raise CheckpointError(f"checkpoint {path} could not be written ({error}); {kept}") from error
+        raise CheckpointError(f"checkpoint could not be written ({error}); {kept}") from error
     return path
 
 
