@@ -47,6 +47,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "spec": spec,
         "layers": {name: layer.to_dict() for name, layer in about.layers.items()},
         "plan": about.plan,
+        "inputs": about.inputs,
         "aliases": aliases,
     }
     try:
@@ -81,7 +82,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         network.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit {type(dense).__name__}: {error}") from error
-    attach(network, Provenance(header["spec"], provenance(network).layers, header["plan"]))
+    about = Provenance(header["spec"], provenance(network).layers, header["plan"], inputs=header["inputs"])
+    attach(network, about)
     return network.eval()
 
 
@@ -170,6 +172,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header = json.loads(text or "")
         version = header["version"]
         fields = {key: header[key] for key in ("version", "spec", "layers", "plan", "aliases")}
+        fields["inputs"] = header.get("inputs")  # absent in older files
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is a safetensors file, but was not written by tdlib.save; "

@@ -18,13 +18,15 @@ class Provenance:
 
     spec: {"name", "classes", "kwargs"} of `tdlib.models.build`; None for a network built elsewhere. layers:
     replaced layer -> its LayerPlan. plan: of the plan that replaced them, as `Plan.to_dict` gives it. report:
-    what a method measured on its way.
+    what a method measured on its way. inputs: of the data that it was trained on, as `Bundle.description`
+    gives them (class names, mean and std, shape of one input, interpolation).
     """
 
     spec: dict[str, Any] | None = None
     layers: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] | None = None
 
 
 def provenance(model: nn.Module) -> Provenance:

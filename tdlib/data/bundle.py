@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Bundle:
     mean, std: per channel, in units of the [0, 1] pixel range. input_shape: (C, H, W) of one image.
     train, val, test: torch Datasets of (normalised image (C, H, W), label). Model selection uses val, never
     test.
-    augment: what "auto" means for this data.
+    augment: what "auto" means for this data. interpolation: how images were brought to their size.
     """
 
     name: str
@@ -36,6 +37,16 @@ class Bundle:
     val: ArraySplit | FileSplit
     test: ArraySplit | FileSplit
     augment: Augment = NONE
+    interpolation: str = "bilinear"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a network that is trained on these data must remember of them, as JSON: classes, mean, std,
+        input_shape and interpolation."""
+        return {
+            "classes": list(self.classes), "mean": list(self.mean), "std": list(self.std),
+            "input_shape": list(self.input_shape), "interpolation": self.interpolation,
+        }  # fmt: skip
 
     @cached_property
     def fingerprint(self) -> str:

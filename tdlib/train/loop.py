@@ -14,6 +14,7 @@ from torch import nn
 
 from tdlib.data import Augment, Bundle
 from tdlib.errors import TdlibError
+from tdlib.network import attach, provenance
 from tdlib.train import checkpoint as store
 from tdlib.train.engine import Engine, Progress, make_optimizer
 from tdlib.train.hooks import Context, Hook
@@ -52,7 +53,8 @@ def fit(
     clip_norm: float | None = None,
 ) -> History:
     """Train ``model`` in place on ``data.train``; each epoch is measured on ``data.val`` (never on the test
-    set). The model stays on the device that it was trained on.
+    set). The model stays on the device that it was trained on and remembers what its inputs were
+    (`Provenance.inputs`).
 
     batch_size: over all processes together. Batches that do not fill up at the end of an epoch are left out
     (other images each epoch). schedule: see ``learning_rate``. label_smoothing applies to the training loss.
@@ -78,6 +80,9 @@ def fit(
     identity |= {"model": store.structure(model), "data": data.fingerprint[:16]} if directory else {}
     saved = store.read(directory, identity) if directory else None
 
+    about = provenance(model)
+    about.inputs = data.description
+    attach(model, about)
     engine = Engine.start(model, device, precision, channels_last, compile)
     if batch_size < engine.world:
         raise TdlibError(

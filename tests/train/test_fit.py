@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from train_helpers import Counting, tiny_bundle, tiny_model
 
+import tdlib
 from tdlib import models, train
 from tdlib.errors import NonFiniteError, TdlibError, UnknownName
 
@@ -201,3 +202,17 @@ def test_schedules():
         [0.1, 0.1, 0.02, 0.004, 0.0008]
     )
     assert rate(7.3, base=0.1, epochs=10, schedule="constant") == 0.1
+
+
+def test_a_trained_network_remembers_its_inputs_also_compressed_and_saved(tmp_path):
+    data, model = tiny_bundle(), tiny_model()
+    assert tdlib.provenance(model).inputs is None
+    train.fit(model, data, epochs=1, device="cpu", progress=False)
+    assert tdlib.provenance(model).inputs == data.description
+    small = tdlib.compress(model, "direct", data, ratio=1.2, device="cpu", progress=False)
+    tdlib.save(small, tmp_path / "small.safetensors")
+    inputs = tdlib.provenance(tdlib.load(tmp_path / "small.safetensors")).inputs
+    assert inputs == {
+        "classes": ["a", "b", "c"], "mean": [0.3], "std": [0.2], "input_shape": [1, 8, 8],
+        "interpolation": "bilinear",
+    }  # fmt: skip
