@@ -20,8 +20,42 @@ from tdlib.errors import TdlibError
 Layer = nn.Conv2d | nn.Linear
 
 
-class Chain(nn.Sequential):
+#: What a layer says of itself.
+GEOMETRY = (
+    "in_features", "out_features", "in_channels", "out_channels",
+    "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+)  # fmt: skip
+
+
+class Factorised(nn.Module):
+    """What stands in place of one layer. Some parents read a layer's attributes: here are the same ones.
+
+    `GEOMETRY` is copied from the layer by `finish`. `weight` is composed anew at every access, so a parent
+    that multiplies with it (nn.TransformerEncoderLayer in eval mode without gradients) computes the right
+    output, but as slowly as a dense layer; `torch.backends.mha.set_fastpath_enabled(False)` makes that one
+    call its layers instead.
+    """
+
+    __jit_unused_properties__ = ("weight", "bias")
+
+    @property
+    def weight(self) -> Tensor:
+        """The composed kernel, read-only: no parameter, not in the state."""
+        return self.kernel()
+
+    def kernel(self) -> Tensor:
+        """The kernel (O, I, kh, kw) or matrix (O, I); differentiable, bias left out."""
+        raise TypeError(f"{type(self).__name__} must define kernel")
+
+
+class Chain(Factorised, nn.Sequential):
     """Convolutions or linear layers one after the other, in place of one layer."""
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The last member's."""
+        last: Any = self[-1]
+        return last.bias
 
     def kernel(self) -> Tensor:
         """The kernel (O, I, kh, kw) or matrix (O, I) of the whole chain; differentiable, bias left out."""
@@ -91,7 +125,10 @@ def bias_of(layer: Layer) -> nn.Parameter | None:
 
 
 def finish(layer: Layer, module: nn.Module) -> nn.Module:
-    """Give `module` the layer's train/eval mode and memory format."""
+    """Give `module` the layer's train/eval mode, memory format and description of itself."""
+    for name in GEOMETRY:
+        if hasattr(layer, name):
+            setattr(module, name, getattr(layer, name))
     weight = layer.weight
     if (
         weight.ndim == 4

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tdlib.decompositions.tr import tr_compose
 from tdlib.decompositions.tt import tt_tensor_to_conv
-from tdlib.formats.chains import Layer, bias_of, conv, parameter, to_dense
+from tdlib.formats.chains import Factorised, Layer, bias_of, conv, parameter, to_dense
 
 
 def contract_in(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
@@ -78,7 +78,7 @@ def _scale(cores: Sequence[Tensor], contracted: Sequence[int], gain: float) -> N
         core.normal_(0.0, math.sqrt((gain if k == 0 else 1.0) / size))
 
 
-class _Ring(nn.Module):
+class _Ring(Factorised):
     """Output and input cores with a bias; the two layers differ in what stands between them."""
 
     out_cores: nn.ParameterList

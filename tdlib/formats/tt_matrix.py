@@ -16,7 +16,7 @@ from tdlib.decompositions.tt import TT
 from tdlib.decompositions.tt_matrix import matrix_to_tt_tensor, tt_tensor_to_matrix
 from tdlib.errors import RankError
 from tdlib.formats.base import Factors, Format, KernelFormat, Ranks, Shape, channel_modes, register
-from tdlib.formats.chains import Layer, bias_of, finish, parameter
+from tdlib.formats.chains import Factorised, Layer, bias_of, finish, parameter
 
 
 class TTMatrix(KernelFormat):
@@ -60,7 +60,7 @@ class TTMatrix(KernelFormat):
         return finish(layer, TTMatrixLinear(layer, cores, self))
 
 
-class TTMatrixLinear(nn.Module):
+class TTMatrixLinear(Factorised):
     """y = W x + b with W (o_1⋯o_d, i_1⋯i_d) a TT-matrix; input (..., I). The matrix is never formed."""
 
     bias: nn.Parameter | None
