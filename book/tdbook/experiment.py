@@ -10,20 +10,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from inspect import signature
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 import tdlib
 from tdbook.records import read_record, record, record_path
+from tdlib.calibration import divergence
 from tdlib.data import Bundle
 from tdlib.errors import BudgetError
 from tdlib.methods.registry import accepted
+from tdlib.network import fingerprint
 from tdlib.planning import Plan
-from tdlib.train import accuracies, agreement, fit, fit_selected, recalibrated, stage
+from tdlib.train import evaluate, fit, fit_selected, inference, recalibrated, stage
 
 Tables = dict[str, list[dict[str, Any]]]
 Key = tuple[str, float, int]
@@ -91,20 +96,23 @@ class Recorder:
     notes: str | None = None
     directory: Path | None = None  # default see `record_path`
 
-    def read(self, about: Mapping[str, Any]) -> tuple[dict[str, Any], Tables] | None:
-        """(row, tables) of an earlier run with these parameters, or None."""
-        path = record_path(self.chapter, {**self.parameters, **about}, self.directory)
+    def read(
+        self, about: Mapping[str, Any], settings: Mapping[str, Any], data: Bundle
+    ) -> tuple[dict[str, Any], Tables] | None:
+        """(row, tables) of an earlier run of the same, or None."""
+        parameters = {**self.parameters, **about}
+        path = record_path(self.chapter, parameters, self.directory, settings=settings, data=data)
         if not path.is_file():
             return None
         found = read_record(path)
         return {**about, **found["metrics"]}, found.get("history") or {}
 
-    def write(self, about: Mapping[str, Any], row: Mapping[str, Any], tables: Tables, **more: Any) -> None:
-        """Write the record of one row."""
+    def write(self, about: Mapping[str, Any], row: Mapping[str, Any], history: Tables, **more: Any) -> None:
+        """Write the record of one row; more: of `record`."""
         metrics = {name: value for name, value in row.items() if name not in about}
         record(
             self.chapter, {**self.parameters, **about}, metrics, directory=self.directory, scale=self.scale,
-            wall_seconds=row["seconds"], history=tables, notes=self.notes, **more,
+            history=history, notes=self.notes, **more,
         )  # fmt: skip
 
 
@@ -128,8 +136,9 @@ def experiment(
     arms; once per seed, and it must not change the dense one. training: arguments of `train.fit` for all
     training alike (batch_size, device, precision, checkpoint, max_minutes, ...); an arm's own go before.
     recorder: writes a record of every row as soon as it is there; rows whose record exists are read instead
-    of run, so a stopped experiment continues. progress: say when a row is there, and show bars. An arm that
-    cannot reach a ratio has no row there, and says so.
+    of run, so a stopped experiment continues. A record is known by its parameters, the settings of its arm
+    and the data; it also holds the fingerprint of the dense network and the ranks. progress: say when a row
+    is there, and show bars. An arm that cannot reach a ratio has no row there, and says so.
 
     Columns: method (the arm), ratio (the target), by, seed. Accuracies in percent on the test split:
     dense_test_accuracy, test_accuracy_before (right after the last decomposition),
@@ -144,16 +153,19 @@ def experiment(
     results, started = Results(), time.perf_counter()
     same = {"progress": progress, **(training or {})}
     starts: dict[tuple[Any, int], Start] = {}
-    references: dict[int, nn.Module] = {}
+    references: dict[int, Reference] = {}
     for seed, ratio, (name, arm) in product(seeds, map(float, ratios), arms.items()):
         about = {"method": name, "ratio": ratio, "by": by, "seed": seed}
-        found = None if recorder is None else recorder.read(about)
+        settings = described(arm, same)
+        found = None if recorder is None else recorder.read(about, settings, data)
         if found is None:
+            begun = time.perf_counter()
             options = stage({**same, "seed": seed}, f"{name}-{ratio:g}-{by}-{seed}", started)
             if seed not in results.dense:
                 network = dense(seed).to(options.get("device"))
                 results.dense[seed] = network
-                references[seed] = network if reference is None else reference(network, seed)
+                compared = network if reference is None else reference(network, seed)
+                references[seed] = Reference(compared, *_answers(compared, data, options.get("device")))
             if (arm.start, seed) not in starts:
                 before = stage({**same, "seed": seed}, f"start-{name}-{seed}", started)
                 starts[arm.start, seed] = _start(arm, results.dense[seed], data, before)
@@ -166,7 +178,11 @@ def experiment(
                 continue
             results.networks[name, ratio, seed], results.plans[name, ratio, seed] = small, plan
             if recorder is not None:
-                recorder.write(about, row, tables, data=data, device=options.get("device"))
+                recorder.write(
+                    about, row, tables, data=data, device=options.get("device"), settings=settings,
+                    wall_seconds=time.perf_counter() - begun, start=fingerprint(results.dense[seed]),
+                    tables={"ranks": [{"layer": k, "ranks": v} for k, v in plan.ranks.items()]},
+                )  # fmt: skip
             found = {**about, **row}, tables
         results.rows.append(found[0])
         results.tables[name, ratio, seed] = found[1]
@@ -185,17 +201,47 @@ def _start(arm: Arm, dense: nn.Module, data: Bundle, options: dict[str, Any]) ->
     return Start(network, tables, time.perf_counter() - begun, images, trained=network is not dense)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The network that rows are compared with; its outputs on the test split, and the labels there."""
+
+    network: nn.Module
+    logits: Tensor
+    labels: Tensor
+
+
+def _answers(model: nn.Module, data: Bundle, device: Any) -> tuple[Tensor, Tensor]:
+    """(outputs, labels) on the test split, on the CPU; the model is moved to the device, if one is given."""
+    if device is not None:
+        model.to(device)
+    place = next(model.parameters()).device
+    with inference(model):
+        found = [(model(x).float().cpu(), y.cpu()) for x, y in data.batches("test", 256, device=place)]
+    outputs, labels = zip(*found, strict=True)
+    return torch.cat(outputs), torch.cat(labels)
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.sum()) / len(hits)
+
+
 def _run(
-    arm: Arm, ratio: float, dense: nn.Module, start: Start, data: Bundle, options: dict[str, Any]
+    arm: Arm, ratio: float, reference: Reference, start: Start, data: Bundle, options: dict[str, Any]
 ) -> tuple[dict[str, Any], Tables, nn.Module, Plan]:
     """One row (without the columns that name it), the tables, the network and its plan."""
     device, watch, counted = options.get("device"), Watch(start.seconds), CountedBundle.of(data)
     begun = time.perf_counter()
     measured: dict[str, float | None] = {}
 
-    def measure(small: nn.Module) -> None:
-        measured["test_accuracy_before"] = accuracies(small, data, device)["test"]
-        measured["test_accuracy_recalibrated"] = recalibrated(small, data, device)["test"]
+    def accuracy(outputs: Tensor) -> float:
+        return _percent(outputs.argmax(1) == reference.labels)
+
+    def measure(small: nn.Module) -> Tensor:
+        outputs = _answers(small, data, device)[0]
+        measured["test_accuracy_before"] = accuracy(outputs)
+        fresh = recalibrated(small, data, device)
+        measured["test_accuracy_recalibrated"] = accuracy(_answers(fresh, data, device)[0])
+        return outputs
 
     def on_decomposed(small: nn.Module) -> None:
         with watch.paused():
@@ -206,31 +252,29 @@ def _run(
         given = _taken(arm.run, {**options, "on_decomposed": on_decomposed})
         small, tables = arm.run(start.network, counted, plan, **given)
     tables = {**start.tables, **tables}
-    if not measured and not arm.scratch:
-        measure(small)
+    outputs = None if measured or arm.scratch else measure(small)
+    last = None
     if arm.finetune.get("epochs"):
         settings = {**stage(options, "finetune", begun), **arm.finetune}
         with watch.running():
             history, found = fit_selected(small, counted, **settings)
         tables = {**tables, "finetune": tables.get("finetune", []) + history.rows}
-        final, last = found["selected"], found["last"]["test"]
-    else:
-        final, last = accuracies(small, data, device), None
+        outputs, last = None, found["last"]["test"]
+    outputs = _answers(small, data, device)[0] if outputs is None else outputs
     labels = arm.trains or bool(arm.finetune.get("epochs")) or start.trained
     # Epochs that a checkpoint brought took their seconds in an earlier process.
     trained = [epoch for table in tables.values() for epoch in table if "train_loss" in epoch]
     seconds = max(watch.seconds, sum(epoch["seconds"] for epoch in trained))
-    alike = agreement(dense, small, data, "test", device=device)  # brings both to one device
-    whole = tdlib.compare(dense, small, data.input_shape, repeats=5).whole
+    whole = tdlib.compare(reference.network, small, data.input_shape, repeats=5).whole
     row = {
-        "dense_test_accuracy": accuracies(dense, data, device)["test"],
+        "dense_test_accuracy": accuracy(reference.logits),
         **measured,
-        "test_accuracy": final["test"],
+        "test_accuracy": accuracy(outputs),
         "test_accuracy_last": last,
-        "val_accuracy": final.get("val"),
-        "agreement": alike["agreement"],
-        "kl": alike["kl"],
-        "n": alike["n"],
+        "val_accuracy": evaluate(small, data, "val", device=device)["accuracy"] if len(data.val) else None,
+        "agreement": _percent(outputs.argmax(1) == reference.logits.argmax(1)),
+        "kl": divergence(reference.logits, outputs),
+        "n": len(outputs),
         "params_ratio": whole["params_ratio"],
         "macs_ratio": whole["macs_ratio"],
         "speedup": whole["speedup"],
@@ -241,6 +285,32 @@ def _run(
         **arm.columns(tables),
     }
     return row, tables, small, plan
+
+
+def described(arm: Arm, training: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a row of this arm beside ratio, seed and data: the functions and all their arguments that
+    are plain values, defaults and those of training included."""
+    found: dict[str, Any] = {"run": _described(arm.run, training)}
+    if arm.start is not None:
+        found["start"] = _described(arm.start, training)
+    if arm.finetune.get("epochs"):
+        found["finetune"] = _described(fit, {**training, **arm.finetune})
+    return found
+
+
+def _described(function: Callable[..., Any], training: Mapping[str, Any]) -> dict[str, Any]:
+    plain = getattr(function, "func", function)  # of a partial
+    given = {p.name: p.default for p in signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    if any(p.kind is p.VAR_KEYWORD for p in signature(function).parameters.values()):
+        given = {p.name: p.default for p in signature(fit).parameters.values()} | given
+    given |= {name: value for name, value in training.items() if name in given}
+    given |= getattr(function, "keywords", {}) | vars(getattr(plain, "__self__", SimpleNamespace()))
+    kept = {k: v for k, v in given.items() if isinstance(v, str | int | float | list | tuple)}
+    about = {k: v for k, v in kept.items() if k not in _NO_MATTER}
+    return {"function": f"{plain.__module__}.{plain.__qualname__}", **about}
+
+
+_NO_MATTER = {"device", "progress", "checkpoint", "checkpoint_steps", "max_minutes", "compile", "seed"}
 
 
 def _taken(run: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

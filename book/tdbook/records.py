@@ -23,10 +23,11 @@ from pydantic import Field, field_validator
 
 from tdbook.paths import ROOT
 from tdbook.schema import Strict, Text, validate
+from tdlib.data.bundle import SPLITS
 from tdlib.errors import DataError, FileError, NonFiniteError
 from tdlib.files import write_atomic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: without start, splits and settings
 PACKAGES = ("torch", "torchvision", "tdlib", "tensorly", "numpy", "scipy", "accelerate", "scikit-learn")
 
 Rows = list[dict[str, Any]]
@@ -50,9 +51,10 @@ class Device(Strict):
 class Record(Strict):
     """What a record's file must hold."""
 
-    schema_: Annotated[Literal[1], Field(alias="schema")]
+    schema_: Annotated[Literal[1, 2], Field(alias="schema")]
     chapter: Annotated[str, Field(pattern="^[A-Za-z0-9_.-]+$")]
     parameters: dict[str, Any]
+    settings: dict[str, Any] = Field(default_factory=dict)
     metrics: Annotated[dict[str, Any], Field(min_length=1)]
     seed: int | None
     git: Git | None
@@ -60,6 +62,8 @@ class Record(Strict):
     device: Device
     wall_seconds: float | None
     data: str | None
+    splits: dict[str, int] = Field(default_factory=dict)
+    start: str | None = None
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     scale: Annotated[str, Field(pattern="^(quick|full|reduced: .+)$")]
     history: Rows | dict[str, Rows] = Field(default_factory=list)
@@ -89,11 +93,15 @@ def record(
     tables: Mapping[str, Any] | None = None,
     notes: str | None = None,
     name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    start: str | None = None,
 ) -> Path:
-    """Write one run's record and return its path, DIRECTORY/CHAPTER-HASH.json (HASH of the parameters).
+    """Write one run's record and return its path, see `record_path`.
 
-    The same parameters give the same file, which a new run replaces, whole or not at all.
+    The same parameters, settings and data give the same file, which a new run replaces, whole or not at all.
     directory: default the environment variable TDLIB_RECORDS, else book/results.
+    settings: what decides the result beside the parameters (arguments of the method and of training, with
+    their defaults). start: fingerprint of the network that was compressed.
     scale: "quick", "full", or "reduced: what was reduced".
     seed: default ``parameters["seed"]``. data: a Bundle or its fingerprint. history: rows of an epoch table
     (a History, a DataFrame, a list of dicts, or a dict of these by stage); tables: further ones by name.
@@ -106,6 +114,7 @@ def record(
         "schema": SCHEMA_VERSION,
         "chapter": chapter,
         "parameters": plain(parameters),
+        "settings": plain(settings or {}),
         "metrics": plain(metrics),
         "seed": seed if seed is not None else plain(parameters).get("seed"),
         "git": git_state(),
@@ -113,6 +122,8 @@ def record(
         "device": device_name(device),
         "wall_seconds": wall_seconds,
         "data": getattr(data, "fingerprint", data),
+        "splits": splits_of(data),
+        "start": start,
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "scale": scale,
     }
@@ -124,7 +135,7 @@ def record(
     if notes is not None:
         content["notes"] = notes
     check(content, f"record of chapter {chapter!r}")
-    path = record_path(chapter, parameters, directory)
+    path = record_path(chapter, parameters, directory, settings=settings, data=data)
     path = path if name is None else path.with_name(f"{name}.json")
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     try:
@@ -135,12 +146,27 @@ def record(
     return path
 
 
-def record_path(chapter: str, parameters: Mapping[str, Any], directory: str | Path | None = None) -> Path:
-    """Where the record of these parameters lies: in `directory`, by default the environment variable
-    TDLIB_RECORDS or book/results. Raises DataError for parameters that have no JSON form.
+def record_path(
+    chapter: str,
+    parameters: Mapping[str, Any],
+    directory: str | Path | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    data: Any = None,
+) -> Path:
+    """Where the record of a run lies: CHAPTER-HASH.json in `directory`, by default the environment variable
+    TDLIB_RECORDS or book/results; HASH is of everything that decides the result. Raises DataError for
+    parameters that have no JSON form.
     """
     folder = Path(directory or os.environ.get("TDLIB_RECORDS") or "book/results")
-    return folder / f"{chapter}-{parameter_hash(parameters)}.json"
+    decides = {"parameters": parameters, "settings": settings or {}}
+    decides["data"] = getattr(data, "fingerprint", data)
+    return folder / f"{chapter}-{parameter_hash(decides)}.json"
+
+
+def splits_of(data: Any) -> dict[str, int]:
+    """Images in each split of a Bundle; nothing for a fingerprint."""
+    return {name: len(data.split(name)) for name in SPLITS} if hasattr(data, "split") else {}
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,9 +32,15 @@ def recipe(profile: str, profiles: Mapping[str, Mapping[str, Any]], **given: Any
 
 
 def identity(chosen: SimpleNamespace) -> dict[str, Any]:
-    """The settings that make a run what it is, for `Recorder`: all but the ratios and seeds run over."""
+    """The settings that make a run what it is, for `Recorder`: all but the ratios and seeds run over. A file
+    of weights counts by its name and content, wherever it lies."""
     loops = ("ratio", "ratios", "seed", "seeds")
-    return {name: value for name, value in vars(chosen).items() if name not in loops}
+    found = {name: value for name, value in vars(chosen).items() if name not in loops}
+    weights = Path(str(found.get("weights") or ""))
+    if weights.is_file():
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+        found |= {"weights": weights.name, "weights_sha256": digest}
+    return found
 
 
 def scaled(profile: str, what: str) -> str:

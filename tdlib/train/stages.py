@@ -100,12 +100,11 @@ def accuracies(model: nn.Module, data: Bundle, device: str | torch.device | None
 
 def recalibrated(
     model: nn.Module, data: Bundle, device: str | torch.device | None = None, images: int = 2000
-) -> dict[str, float]:
-    """Accuracies of a copy whose BatchNorm statistics are taken anew from (at most) ``images`` training
-    images.
+) -> nn.Module:
+    """A copy whose BatchNorm statistics are taken anew from (at most) ``images`` training images.
 
-    Right after a decomposition the old statistics alone can hold a network at chance; with fresh ones the
-    accuracy says what the weights still know. Without BatchNorm the plain accuracies.
+    Right after a decomposition the old statistics alone can hold a network at chance; with fresh ones its
+    accuracy says what the weights still know. Without BatchNorm an equal copy.
     """
     fresh = copy.deepcopy(model)
     norms = [m for m in fresh.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -114,7 +113,7 @@ def recalibrated(
         size = min(256, len(data.train))
         batches = data.batches("train", size, device=place)
         recalibrate_batchnorm(fresh.to(place), (x for x, _ in islice(batches, max(1, images // size))))
-    return accuracies(fresh, data, device)
+    return fresh
 
 
 def stage(training: Mapping[str, Any], name: str, started: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tdlib.errors import BudgetError
 from tdlib.methods.direct import direct, scratch
 from tdlib.methods.distribution_aware import distribution_aware
 from tdlib.methods.iterative import iterative
+from tdlib.network import fingerprint
 
 TRAINING = {"device": "cpu", "batch_size": 16}
 TUNED = {"epochs": 2, "lr": 0.01}
@@ -134,7 +135,7 @@ def test_statistics_of_a_start_need_no_labels(run, plan):
     assert row["images"] == 16 and row["labels"] is False and row["epochs"] == 0
 
 
-def test_records_are_written_and_read_instead_of_run(run, plan, tmp_path):
+def test_records_are_written_and_read_instead_of_run(run, plan, tmp_path, data, dense):
     recorder = Recorder("toy", {"dataset": "digits", "lr": 0.01}, directory=tmp_path)
     arms = {"tuned": Arm(direct, plan, finetune=TUNED)}
     first = run(arms, seeds=(0, 1), recorder=recorder)
@@ -147,16 +148,27 @@ def test_records_are_written_and_read_instead_of_run(run, plan, tmp_path):
     assert content["chapter"] == "toy" and content["scale"] == "quick"
     assert content["parameters"].keys() == {"dataset", "lr", "method", "ratio", "by", "seed"}
     assert len(content["history"]["finetune"]) == 2 and content["wall_seconds"] > 0
+    assert content["splits"] == {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+    assert content["start"] == fingerprint(dense(0)) and content["data"] == data.fingerprint
+    tuning = content["settings"]["finetune"]
+    assert tuning["lr"] == 0.01 and tuning["batch_size"] == 16 and tuning["weight_decay"] == 5e-4
+    assert content["settings"]["run"] == {"function": "tdlib.methods.direct.direct"}
+    assert {row["layer"] for row in content["tables"]["ranks"]} == set(first.plans["tuned", 2.0, 0])
 
     def never(*_, **__):
         raise AssertionError("a recorded row must not run")
 
-    again = run({"tuned": Arm(never, never, finetune=TUNED)}, seeds=(0, 1), recorder=recorder)
+    again = run({"tuned": Arm(direct, never, finetune=TUNED)}, seeds=(0, 1), recorder=recorder)
     assert again.rows == first.rows and again.tables == first.tables
     assert again.networks == again.dense == {}
     other = Recorder("toy", {"dataset": "digits", "lr": 0.02}, directory=tmp_path)
     with pytest.raises(AssertionError, match="must not run"):
-        run({"tuned": Arm(never, plan)}, recorder=other)
+        run({"tuned": Arm(direct, never, finetune=TUNED)}, recorder=other)
+    for changed in (TUNED | {"epochs": 3}, TUNED | {"weight_decay": 0.0}):  # another run, another record
+        with pytest.raises(AssertionError, match="must not run"):
+            run({"tuned": Arm(direct, never, finetune=changed)}, recorder=recorder)
+    with pytest.raises(AssertionError, match="must not run"):
+        run({"tuned": Arm(partial(scratch, epochs=1), never, finetune=TUNED)}, recorder=recorder)
 
 
 def test_what_cannot_be_reached_has_no_row_and_says_why(run, plan, capsys):
