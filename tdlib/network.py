@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tdlib.errors import TdlibError
 
 
 @dataclass
@@ -48,6 +52,30 @@ def fingerprint(model: nn.Module) -> str:
         sha.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
         sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a network that holds computed tensors, as old-style weight and spectral norms do
+    (torch's own copy refuses them)."""
+    held = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in held if isinstance(value, torch.Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+
+
+def check_layered(model: nn.Module) -> None:
+    """Raises TdlibError for what has no layers to look at: a program that torch.export or TorchScript made of
+    a network, or lazy layers that have seen no input."""
+    parts = list(model.modules()) if isinstance(model, nn.Module) else [model]
+    classes = {base for part in parts for base in type(part).__mro__}
+    programs = any(base.__module__.startswith(("torch.export.", "torch.jit.")) for base in classes)
+    if programs or not isinstance(model, nn.Module):
+        raise TdlibError(
+            f"a network of layers (nn.Module) is needed, got {type(model).__name__}: pass the network, "
+            "as it was before torch.export or TorchScript"
+        )
+    for name, value in model.named_parameters():
+        if is_lazy(value):
+            raise TdlibError(f"{name!r} is not initialised yet: run the model once on a batch first")
 
 
 @contextmanager

@@ -51,8 +51,11 @@ def as_float(weight: Tensor) -> Tensor:
 
 
 def finite(weight: Tensor, layer: str) -> Tensor:
-    """The weight of this layer, detached. Raises: NonFiniteError naming the layer where it has NaN or Inf."""
+    """The weight of this layer, detached. Raises: NonFiniteError naming the layer where it has NaN or Inf, or
+    no values at all."""
     weight = weight.detach()
+    if weight.is_meta:
+        raise NonFiniteError(f"layer {layer!r} is on the meta device, without values: load the weights first")
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(f"layer {layer!r} has NaN or Inf in its weight")
     return weight

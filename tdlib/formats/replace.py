@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from tdlib.errors import DataError, TdlibError, unknown
 from tdlib.formats.base import KernelFormat, LayerPlan, finite, get_format
 from tdlib.formats.chains import Layer, computes_plainly
-from tdlib.network import attach, provenance
+from tdlib.network import attach, check_layered, duplicate, provenance
 
 
 def decompose(
@@ -31,7 +31,8 @@ def decompose(
     information at the outputs (`Statistics.weights`), the error is weighted by it.
     A replaced layer keeps device, dtype, train/eval mode and requires_grad. `model` is not changed.
     Raises: NonFiniteError naming the layer whose weight has NaN or Inf; UnknownName for a layer the model
-    has not; DataError for a layer without statistics.
+    has not; TdlibError for one that must stay as it is (see `obstacle`); DataError for a layer without
+    statistics.
     """
     missing = [] if statistics is None else sorted(set(plan) - set(statistics))
     if missing:
@@ -68,6 +69,24 @@ def install(model: nn.Module, name: str, module: nn.Module, planned: LayerPlan) 
     return result
 
 
+def obstacle(layer: nn.Module) -> str | None:
+    """Why factors of its weight cannot take this layer's place, or None: it computes something else than
+    nn.Conv2d or nn.Linear do, or something is attached to it that would be lost."""
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrised"
+    if not computes_plainly(layer):
+        return f"{type(layer).__name__} has a forward of its own"
+    if "forward" in vars(layer):
+        return "its forward is patched"
+    hooks = [hook for key, found in vars(layer).items() if key.endswith("_hooks") for hook in found.values()]
+    if hooks:
+        names = {getattr(hook, "__name__", type(hook).__name__) for hook in hooks}
+        return f"hooks are attached to it ({', '.join(sorted(names))})"
+    plain = vars(_plain(layer))
+    own = [key for key in _names(vars(layer)) - _names(plain) if not key.startswith("_")]
+    return f"it has attributes of its own ({', '.join(sorted(own))})" if own else None
+
+
 def project(weight: Tensor, format: str, ranks: Sequence[int], **options: Any) -> Tensor:
     """The kernel of these ranks nearest to `weight` as the format's decomposition finds it; same shape and
     dtype. torch.vmap maps it over a stack of kernels where the format is `batched` (not CP, nor shuffled)."""
@@ -78,7 +97,8 @@ def _replaced(
     model: nn.Module, plan: Mapping[str, Any], make: Callable[..., nn.Module], progress: bool = False
 ) -> nn.Module:
     """Deep copy of `model` with make(name, layer, bound format, ranks) in place of every named layer."""
-    result = copy.deepcopy(model)
+    check_layered(model)
+    result = duplicate(model)
     about = provenance(result)
     attach(result, about)
     for name in tqdm(list(plan), "decomposition", unit="layer", disable=not progress):
@@ -98,14 +118,27 @@ def _replaced(
 
 
 def _find(model: nn.Module, name: str) -> Layer:
-    """The Conv2d or Linear of that name in the model."""
-    known: dict[str, Any] = {n: m for n, m in model.named_modules() if computes_plainly(m)}
+    """The layer of that name in the model. Raises UnknownName; TdlibError for one that must stay dense."""
+    known: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, Layer)}
     if name not in known:
         raise unknown("layer", name, known)
-    if getattr(known[name], "groups", 1) != 1:
-        groups = known[name].groups
-        raise TdlibError(f"layer {name!r} is a grouped convolution ({groups} groups); it stays dense")
-    return known[name]
+    layer, reason = known[name], obstacle(known[name])
+    if layer.__dict__.get("groups", 1) != 1:
+        reason = f"it is a grouped convolution ({layer.groups} groups)"
+    if reason:
+        raise TdlibError(f"layer {name!r} stays dense: {reason}")
+    return layer
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    """A layer of torch's own of the same kind."""
+    kind: Any = next(base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn.modules."))
+    return kind(1, 1, 1, device="meta")
+
+
+def _names(held: Mapping[str, Any]) -> set[str]:
+    """Names of a module's attributes, parameters, buffers and children."""
+    return set(held).union(held["_parameters"], held["_buffers"], held["_modules"])
 
 
 def _places(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:

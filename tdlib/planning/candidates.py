@@ -6,15 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tdlib.errors import TdlibError, unknown
 from tdlib.formats import Format, KernelFormat, Ranks, get_format, kind_of
-from tdlib.formats.chains import computes_plainly
-from tdlib.planning.cost import Call, Cost
+from tdlib.formats.chains import Layer
+from tdlib.formats.replace import obstacle
+from tdlib.planning.cost import Call, Cost, is_norm
 
 
 @dataclass(eq=False)
@@ -143,9 +144,17 @@ def end_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a reader of the plan expects a word about this module: it has a weight to multiply with."""
-    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase)
-    return isinstance(module, kinds)
+    """Whether a reader of the plan expects a word about this module: it has a weight to multiply with, or
+    another parameter of two dimensions or more."""
+    if isinstance(module, (*get_args(Layer), nn.modules.conv._ConvNd)):
+        return True
+    passed_over = is_norm(module) or isinstance(module, parametrize.ParametrizationList)
+    return bool(_matrices(module)) and not passed_over
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """Names of the module's own parameters of two dimensions or more."""
+    return [name for name, p in module._parameters.items() if p is not None and p.ndim > 1]
 
 
 def _obstacle(layer: nn.Module, row: Format, calls: Sequence[Call], shared: Sequence[str]) -> str | None:
@@ -153,15 +162,13 @@ def _obstacle(layer: nn.Module, row: Format, calls: Sequence[Call], shared: Sequ
     name = type(layer).__name__
     if getattr(layer, "transposed", False):
         return f"transposed convolution ({name})"
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return f"{name} is neither Conv2d nor Linear"
+    if not isinstance(layer, Layer):
+        return f"{name} is neither Conv2d nor Linear (it holds {', '.join(_matrices(layer)[:3])})"
     if getattr(layer, "groups", 1) != 1:
         depthwise = layer.groups == layer.in_channels
         return "depthwise convolution" if depthwise else f"grouped convolution ({layer.groups} groups)"
-    if parametrize.is_parametrized(layer):
-        return "its weight is parametrised"
-    if not computes_plainly(layer):
-        return f"{name} has a forward of its own"
+    if reason := obstacle(layer):
+        return reason
     if shared:
         return f"its weight is shared with {', '.join(shared)}"
     if not calls:

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdlib.errors import TdlibError, needs
-from tdlib.network import evaluating
+from tdlib.network import check_layered, evaluating
 
 Call = tuple[tuple[int, ...], tuple[int, ...]]  # input shape, output shape
 NORMS = (
@@ -104,6 +104,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     The model runs once, on its own device, in eval mode; modes, buffers and random state are as before
     afterwards.
     """
+    check_layered(model)
     shape = tuple(int(n) for n in input_shape)
     with _untouched(model):
         total, own, calls = _run(model, torch.zeros(1, *shape, **_like(model)))

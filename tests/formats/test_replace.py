@@ -1,10 +1,12 @@
 """Replacing layers in a model: what is kept, what is recorded, what is refused."""
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import tdlib
 from tdlib.errors import DataError, NonFiniteError, RankError, TdlibError, UnknownName
@@ -78,8 +80,101 @@ def test_a_subclass_that_computes_alike_is_replaced_one_with_its_own_forward_is_
     plan = tdlib.plan(model, (8, 6, 6), "tucker2", 1.2)
     assert list(plan) == ["0"] and "forward of its own" in plan.skipped["1"]
     assert type(decompose(model, plan)[0]) is Chain
-    with pytest.raises(UnknownName, match="unknown layer '1'"):
+    with pytest.raises(TdlibError, match="layer '1' stays dense: Louder has a forward of its own"):
         decompose(model, {"1": plan["0"]})
+
+
+def clamped(layer):
+    layer.register_forward_hook(lambda module, args, output: output.clamp(0, 0.1))
+
+
+def seen(layer):
+    layer.register_forward_pre_hook(lambda module, args: None)
+
+
+def listened(layer):
+    layer.register_full_backward_hook(lambda module, gradients, _: None)
+
+
+def patched(layer):
+    plain = layer.forward
+    layer.forward = lambda x: 3 * plain(x)
+
+
+def buffered(layer):
+    layer.register_buffer("scale", torch.ones(1))
+
+
+def marked(layer):
+    layer.scale = 2.0
+
+
+OBSTACLES = [
+    (clamped, "hooks.*lambda"),
+    (seen, "hooks.*lambda"),
+    (listened, "hooks"),
+    (patched, "forward is patched"),
+    (buffered, r"attributes of its own \(scale\)"),
+    (marked, r"attributes of its own \(scale\)"),
+    (nn.utils.spectral_norm, "hooks.*SpectralNorm"),
+    (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "hooks.*L1Unstructured"),
+    (nn.utils.parametrizations.weight_norm, "parametrised"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), OBSTACLES)
+def test_what_hangs_on_a_layer_is_never_dropped(change, words):
+    model = Net()
+    plan = tdlib.plan(model, (3, 6, 6), "svd", 1.5)
+    change(model.body)
+    skipped = tdlib.plan(model, (3, 6, 6), "svd", 1.05).skipped["body"]
+    assert re.search(words, skipped)
+    for make in (decompose, skeleton):
+        with pytest.raises(TdlibError, match=f"'body' stays dense: .*{words}"):
+            make(model, plan)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_before_every_pass_is_copied_with_its_layer():
+    model = Net()
+    nn.utils.weight_norm(model.body)
+    model(torch.ones(1, 3, 6, 6))
+    with pytest.raises(TdlibError, match="WeightNorm"):
+        decompose(model, table(body=("svd", (8,))))
+    small, x = decompose(model.eval(), table(head=("svd", (4,)))), torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+    model.body.weight_g.data.mul_(2)  # the copy has its own
+    assert not torch.allclose(small(x), model(x))
+
+
+def test_what_has_no_layers_or_no_values_is_named():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4)).eval()
+    x = torch.ones(1, 8, 6, 6)
+    plan = tdlib.plan(model, (8, 6, 6), "svd", 1.2)
+    lazy = nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(4))
+    program = torch.export.export(model, (x,))
+    for bad, words in (
+        (lazy, "'0.weight' is not initialised yet"),
+        (program, "got ExportedProgram"),
+        (program.module(), "before torch.export"),
+        (torch.export.unflatten(program), "before torch.export"),
+    ):
+        for call in (
+            lambda bad=bad: tdlib.count(bad, (8, 6, 6)),
+            lambda bad=bad: tdlib.plan(bad, (8, 6, 6), "svd", 1.2),
+            lambda bad=bad: decompose(bad, plan),
+        ):
+            with pytest.raises(TdlibError, match=words):
+                call()
+    assert isinstance(lazy[0], nn.LazyConv2d)  # counting has not run it
+    lazy(x)
+    assert list(tdlib.plan(lazy, (8, 6, 6), "svd", 1.2)) == list(plan)
+    meta = copy.deepcopy(model).to("meta")
+    assert tdlib.count(meta, (8, 6, 6)).macs == tdlib.count(model, (8, 6, 6)).macs
+    with pytest.raises(NonFiniteError, match="layer '0' is on the meta device"):
+        decompose(meta, plan)
+    with pytest.raises(NonFiniteError, match="meta device"):
+        tdlib.plan(meta, (8, 6, 6), "svd", 1.2, rule="global")
 
 
 def test_a_layers_plan_may_be_the_plain_dict_that_is_saved():

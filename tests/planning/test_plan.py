@@ -180,6 +180,7 @@ def test_what_stays_dense_and_why():
         "grouped": "2 groups",
         "up": "transposed",
         "line": "neither Conv2d nor Linear",
+        "attention": "holds in_proj_weight",
         "attention.out_proj": "never called",
         "normed": "parametrised",
         "unused": "never called",
@@ -195,6 +196,33 @@ def test_what_stays_dense_and_why():
     assert tdlib.count(small, (8, 4, 4)).params == plan.params
     plan = tdlib.plan(network(), SHAPE, format="tt-matrix", ratio=1.05)
     assert "does not apply to a conv" in plan.skipped["0"]
+
+
+def test_whatever_holds_a_matrix_is_listed_whatever_it_is():
+    class Conv1D(nn.Module):  # as in Hugging Face's GPT-2
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(16, 16)), nn.Parameter(torch.ones(16))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.mixed, self.rnn = nn.Embedding(5, 16), Conv1D(), nn.LSTM(16, 16)
+            self.norm, self.place = nn.LayerNorm((3, 16)), nn.Parameter(torch.zeros(1, 3, 16))
+            self.head = nn.Linear(16, 16)
+
+        def forward(self, x):
+            x = self.table(x.long().flatten(1)) + self.place
+            return self.head(self.rnn(self.mixed(self.norm(x)))[0])
+
+    skipped = tdlib.plan(Words(), (3,), "svd", 1.05).skipped
+    assert list(skipped) == ["", "table", "mixed", "rnn"]
+    assert "Words is neither Conv2d nor Linear (it holds place)" in skipped[""]
+    assert "Embedding is neither" in skipped["table"] and "Conv1D is neither" in skipped["mixed"]
+    assert "weight_ih_l0" in skipped["rnn"]
 
 
 def test_explicit_ranks_are_copied_clipped_and_never_changed():
