@@ -12,7 +12,10 @@ from operator import mul
 
 from torch import Tensor
 
+from tdlib import memory
 from tdlib.decompositions.base import Ranks, Shape
+
+LARGE = 2**30  # bytes from which on the memory is asked for before it is taken
 
 
 def core_shapes(extents: Shape, ring: Ranks) -> list[Shape]:
@@ -33,15 +36,26 @@ def close(cores: Sequence[Tensor]) -> Tensor:
     """The tensor (n_0, ..., n_{d-1}) of a ring of cores. Differentiable.
 
     Two chains, then one product over the bond between them and the closing one; where they meet is chosen for
-    the least work (from first to last, as TensorLy does it, they meet before the last core).
+    the least work (from first to last, as TensorLy does it, they meet before the last core). Where channels
+    are factorised that is between outputs O and inputs I, and O·I + (O + I)·r·r_0 numbers are held.
+    Raises: MemoryLimitError.
     """
     if len(cores) == 1:
         return cores[0].diagonal(dim1=0, dim2=2).sum(-1)
     extents, ring = tuple(core.shape[1] for core in cores), tuple(core.shape[0] for core in cores)
     at = _meeting(extents, ring)
-    left, right = chain(cores[:at]), chain(cores[at:])  # (r_0, a, r), (r, b, r_0)
-    full = left.transpose(0, 1).flatten(1) @ right.permute(2, 0, 1).flatten(0, 1)
-    return full.reshape(extents)
+    sides = math.prod(extents[:at]) + math.prod(extents[at:])
+    need = (math.prod(extents) + 2 * sides * ring[0] * ring[at]) * cores[0].element_size()
+    if need > LARGE:
+        memory.require(
+            need,
+            f"composing a tensor of extents {extents} from cores of ranks {ring}",
+            "lower the ranks, or factorise the channels into fewer modes",
+            device=cores[0].device,
+        )
+    left = chain(cores[:at]).transpose(0, 1).flatten(1)  # (r_0, a, r) -> (a, r_0 r)
+    right = chain(cores[at:]).permute(2, 0, 1).flatten(0, 1)  # (r, b, r_0) -> (r_0 r, b)
+    return (left @ right).reshape(extents)
 
 
 def close_macs(extents: Shape, ring: Ranks) -> int:

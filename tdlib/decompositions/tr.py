@@ -16,8 +16,9 @@ import torch
 from tensorly.tr_tensor import TRTensor
 from torch import Tensor
 
+from tdlib import memory
 from tdlib.decompositions.base import Decomposition, Ranks, Shape
-from tdlib.decompositions.cores import close, close_macs, core_shapes
+from tdlib.decompositions.cores import LARGE, close, close_macs, core_shapes
 from tdlib.decompositions.linalg import check_ranks, full_precision, leading_left, split, working
 from tdlib.errors import RankError
 
@@ -39,7 +40,8 @@ def tr_svd(T: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> TRTensor:
     """Tensor ring of T (n_0, ..., n_{d-1}), d ≥ 2, at ring ranks (r_0, ..., r_{d-1}), cut by `tr_clip`.
 
     Returns cores (r_k, n_k, r_{k+1}) with r_d = r_0. `sweeps` of least squares follow TR-SVD (0: none;
-    none either where a system would exceed LARGEST_SYSTEM unknowns). Raises: RankError.
+    none either where a system would exceed LARGEST_SYSTEM unknowns). Raises: RankError; MemoryLimitError
+    where the sweeps, which open the ring, would take more memory than there is.
     """
     sizes = tuple(T.shape)
     if len(sizes) < 2:
@@ -50,6 +52,7 @@ def tr_svd(T: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> TRTensor:
     if max(a * b for a, b in zip(ring, (*ring[1:], ring[0]), strict=True)) > LARGEST_SYSTEM:
         sweeps = 0
     if sweeps:
+        _require(sizes, ring, T.device)
         T64, cores = T.double(), [core.double() for core in cores]
         for _ in range(sweeps):
             for k in range(len(cores)):
@@ -109,6 +112,21 @@ def _grow(cores: list[Tensor], ring: Sequence[int]) -> list[Tensor]:
     return grown
 
 
+def _require(sizes: Shape, ring: Ranks, device: torch.device) -> None:
+    """Raises MemoryLimitError where `_contract` needs more than there is: its first product, which is its
+    largest, is held once as it comes and once in the order that the next one wants."""
+    open_ = 0
+    for k in range(len(sizes)):
+        m = _order(sizes, k)[0]
+        open_ = max(open_, math.prod(sizes) // sizes[m] * ring[m] * ring[(m + 1) % len(ring)])
+    need = 8 * (2 * math.prod(sizes) + 2 * open_)
+    if need > LARGE:
+        what = f"the tensor ring of extents {sizes} at ranks {ring}"
+        memory.require(
+            need, what, "lower the ranks, or factorise the channels into fewer modes", device=device
+        )
+
+
 def _update(T: Tensor, cores: list[Tensor], k: int) -> Tensor:
     """The core k that fits T best with the others fixed, held a little to its current value."""
     d = len(cores)
@@ -129,18 +147,23 @@ def _update(T: Tensor, cores: list[Tensor], k: int) -> Tensor:
 
 
 def _contract(T: Tensor, cores: list[Tensor], k: int) -> Tensor:
-    """T contracted with all cores but k: (n_k, r_k, r_{k+1}). Starts at the longest mode."""
+    """T contracted with all cores but k: (n_k, r_k, r_{k+1})."""
     d = len(cores)
     modes = [chr(ord("a") + m) for m in range(d)]
     bonds = [chr(ord("A") + m) for m in range(d)]
     names = [bonds[m] + modes[m] + bonds[(m + 1) % d] for m in range(d)]
-    others = [(k + 1 + m) % d for m in range(d - 1)]
-    start = max(range(d - 1), key=lambda position: T.shape[others[position]])
     X, name = T, "".join(modes)
-    for m in (*others[start:], *reversed(others[:start])):
+    for m in _order(T.shape, k):
         open_ = [c for c in name + names[m] if (c in name) != (c in names[m])]
         X, name = torch.einsum(f"{name},{names[m]}->{''.join(open_)}", X, cores[m]), "".join(open_)
     return torch.einsum(f"{name}->{modes[k]}{bonds[k]}{bonds[(k + 1) % d]}", X)
+
+
+def _order(sizes: Shape, k: int) -> list[int]:
+    """The modes other than k in the order of contraction: from the longest on, neighbours first."""
+    others = [(k + 1 + m) % len(sizes) for m in range(len(sizes) - 1)]
+    start = max(range(len(others)), key=lambda position: sizes[others[position]])
+    return [*others[start:], *reversed(others[:start])]
 
 
 def _balance(cores: list[Tensor]) -> list[Tensor]:
