@@ -24,7 +24,7 @@ class Bundle:
 
     mean, std: per channel, in units of the [0, 1] pixel range. input_shape: (C, H, W) of one image.
     train, val, test: torch Datasets of (normalised image (C, H, W), label). Model selection uses val, never
-    test.
+    test. Images without labels: no classes, and every label -1.
     augment: what "auto" means for this data. interpolation: how images were brought to their size.
     """
 
@@ -55,6 +55,14 @@ class Bundle:
         for split in (self.train, self.val, self.test):
             sha.update(split.digest().encode())
         return sha.hexdigest()
+
+    def require_labels(self, purpose: str) -> None:
+        """Raises DataError where the images have no labels, which the `purpose` needs."""
+        if not self.classes:
+            raise DataError(
+                f"{purpose} needs labels, and {self.name} has none: put the images into one folder per "
+                "class, or use what needs no labels (the methods direct and distribution-aware)"
+            )
 
     def split(self, name: str) -> ArraySplit | FileSplit:
         """The split called ``train``, ``val`` or ``test``. Raises UnknownName."""

@@ -4,6 +4,7 @@ parts.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 import zipfile
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from tdlib import memory
 from tdlib.data import names
 from tdlib.data.augment import NONE, Augment
 from tdlib.data.images import scan
 from tdlib.data.parts import Part, divide
-from tdlib.errors import DataError, needs
+from tdlib.errors import DataError, MemoryLimitError, needs
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_FLIP = Augment(pad=4, flip=True)
+ARRAYS = ("train_images", "train_labels", "val_images", "val_labels", "test_images", "test_labels", "classes")
 
 
 @dataclass
@@ -129,15 +132,11 @@ def npz(path: Path, classes: list[str] | None = None) -> Found:
     """An .npz as MedMNIST names its arrays: train_images, train_labels and optional val_*, test_*, classes.
 
     images: uint8, grey (N, H, W) or colour (N, H, W, 1 or 3); labels: integers (N,) or (N, 1). Raises
-    DataError.
+    DataError; MemoryLimitError where the arrays are larger than the memory.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist (looked in {path.parent.resolve()})")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        raise DataError(f"{path} cannot be read as an .npz of plain arrays: {error}") from error
+    arrays = _arrays(path)
     for key in ("train_images", "train_labels"):
         if key not in arrays:
             raise DataError(f"{path} has no array {key!r}; it has {', '.join(sorted(arrays)) or 'none'}")
@@ -162,6 +161,34 @@ def npz(path: Path, classes: list[str] | None = None) -> Found:
     return Found(train, held.get("val"), held.get("test"), classes, augment)
 
 
+def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Those of ARRAYS that an .npz holds, refused where they do not fit into memory."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            held = {name.removesuffix(".npy"): file.getinfo(name) for name in file.namelist()}
+            entries = {key: held[key] for key in ARRAYS if key in held}
+            size = sum(entry.file_size for entry in entries.values())
+            memory.require(2 * size, f"unpacking {path}", "leave images out or make them smaller")
+            return {key: _array(file, entry) for key, entry in entries.items()}
+    except MemoryLimitError:
+        raise
+    except Exception as error:  # zipfile and numpy raise whatever a damaged file leads them to
+        raise DataError(f"{path} cannot be read as an .npz of plain arrays: {error}") from error
+
+
+def _array(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
+    """The array of one entry; numpy allocates what its header says, so that is first held against the entry's
+    size.
+    """
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with file.open(entry) as stream:
+        shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
+        if math.prod(shape) * dtype.itemsize != entry.file_size - stream.tell():
+            raise DataError(f"{entry.filename} is too short or too long for {dtype} of shape {shape}")
+    with file.open(entry) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
 def check(
     images: np.ndarray[Any, Any],
     labels: np.ndarray[Any, Any],
@@ -180,14 +207,15 @@ def check(
         raise DataError(f"{where} images must be (N, H, W) or (N, H, W, 1 or 3), not {images.shape}")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(
             f"{where} labels must be integers of shape (N,) or (N, 1), not {labels.dtype} {labels.shape}"
         )
     if len(images) != len(labels):
         raise DataError(f"{where} has {len(images)} images but {len(labels)} labels")
     labels = labels.astype(np.int64)
-    if int(labels.min()) < 0 or (classes is not None and int(labels.max()) >= classes):
+    most = len(labels) if classes is None else classes  # no class is empty
+    if int(labels.min()) < 0 or int(labels.max()) >= most:
         last = "the number of classes - 1" if classes is None else str(classes - 1)
         raise DataError(
             f"{where} labels are out of range: from {labels.min()} to {labels.max()}, expected 0 to {last}"
@@ -202,7 +230,9 @@ def check(
 
 
 def folder(path: Path) -> Found:
-    """An image folder with train/, [val/ or valid/], [test/] or, without train/, one folder per class."""
+    """An image folder with train/, [val/ or valid/], [test/] or, without train/, one folder per class. Where
+    there are images and no folders, they have no labels, and there are no classes.
+    """
     if not path.is_dir():
         raise DataError(f"{path} does not exist or is not a folder")
     flat = not (path / "train").is_dir()

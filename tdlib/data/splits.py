@@ -86,16 +86,23 @@ class FileSplit(Dataset[tuple[Tensor, int]]):
     """Images that stay on disk. ``split[i]`` is (normalised centre crop (3, size, size), label)."""
 
     def __init__(
-        self, paths: Sequence[Path], labels: Tensor, size: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        paths: Sequence[Path],
+        labels: Tensor,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bilinear",
     ) -> None:
         self.paths, self.labels = list(paths), labels.to(torch.int64)
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self.interpolation = interpolation
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image = torch.from_numpy(read(self.paths[i], self.size)).float()
+        image = torch.from_numpy(read(self.paths[i], self.size, interpolation=self.interpolation)).float()
         return normalise(image[None], self.mean, self.std)[0], int(self.labels[i])
 
     @property
@@ -130,7 +137,7 @@ class FileSplit(Dataset[tuple[Tensor, int]]):
 
     def digest(self) -> str:
         """SHA-256 of names, sizes and labels of the files (their contents are not read)."""
-        sha = hashlib.sha256(str(self.size).encode())
+        sha = hashlib.sha256(f"{self.size} {self.interpolation}".encode())
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
             sha.update(f"{path.parent.name}/{path.name}:{path.stat().st_size}:{label}\n".encode())
         return sha.hexdigest()
@@ -143,5 +150,6 @@ class _Raw(Dataset[tuple[Tensor, int]]):
         self.split, self.augment, self.key = split, augment, key
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image = read(self.split.paths[i], self.split.size, self.augment, (*self.key, i))
-        return torch.from_numpy(image), int(self.split.labels[i])
+        split = self.split
+        image = read(split.paths[i], split.size, self.augment, (*self.key, i), split.interpolation)
+        return torch.from_numpy(image), int(split.labels[i])

@@ -139,7 +139,7 @@ def compress(
     own: `rule="uniform", weigh_outputs=False, sequential=False`.
 
     What was measured on the way is in `tdlib.provenance(result).report`: "method"; "settings", the arguments
-    that are numbers or text; "plan", "params_ratio" and "macs_ratio" of the result; with a data set
+    that are numbers or text; "plan", "params_ratio" and "macs_ratio" of the result; with a labelled data set
     accuracies in percent on its validation and test splits, "dense", "before" and "after" fine-tuning;
     "history", the tables of the method and of fine-tuning; "seconds".
 
@@ -154,12 +154,14 @@ def compress(
     asked |= {"seed": seed, "device": device, "progress": progress}
     asked = {name: value for name, value in asked.items() if value is not None} | hyper
     _check(method, asked, hyper)
-    labelled = hasattr(data, "batches")
+    bundle = hasattr(data, "batches")
+    labelled = bundle and bool(data.classes)
     if not labelled and (row.labels or epochs):
-        raise DataError(f"{method!r} needs a data set with labels to train on, got a {type(data).__name__}")
+        found = f"{data.name} without labels" if bundle else f"a {type(data).__name__}"
+        raise DataError(f"{method!r} needs a data set with labels to train on, got {found}")
 
     dense = model if device is None else copy.deepcopy(model).to(device)
-    inputs = data if labelled else calibration_batches(data, hyper.get("samples", 1000))
+    inputs = data if bundle else calibration_batches(data, hyper.get("samples", 1000))
     given = {**row.defaults, **asked}
     if row.prepare:
         prepare = _function(row.prepare)

@@ -25,8 +25,9 @@ def evaluate(
     """``{"loss", "accuracy", "n"}`` over a whole split; accuracy in percent.
 
     device: default where the model is, else the model is moved there. Its training mode is left as it was.
-    Raises DataError for an empty split.
+    Raises DataError for an empty split and for images without labels.
     """
+    data.require_labels("accuracy")
     where = _place(model, device)
     if not len(data.split(split)):
         raise DataError(f"split {split!r} of {data.name} is empty")

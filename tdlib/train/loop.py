@@ -66,7 +66,7 @@ def fit(
     compile: torch.compile the forward pass. The global random state is left as it was.
 
     Raises NonFiniteError (loss NaN or infinite; the checkpoint before it is kept), CheckpointError,
-    UnknownName, TdlibError (also where accelerate is missing).
+    DataError (images without labels), UnknownName, TdlibError (also where accelerate is missing).
     """
     identity_of = {key: value for key, value in locals().items() if key not in _NOT_IDENTITY}
     _check(epochs, lr, batch_size, label_smoothing, checkpoint_steps, max_minutes, data)
@@ -144,5 +144,6 @@ def _check(
         raise TdlibError(f"label_smoothing must be in [0, 1), got {smoothing}")
     if (steps is not None and steps < 1) or (minutes is not None and minutes <= 0):
         raise TdlibError(f"checkpoint_steps and max_minutes must be positive, got {steps} and {minutes}")
+    data.require_labels("training")
     if not len(data.train):
         raise TdlibError(f"the training split of {data.name} is empty")

@@ -1,17 +1,19 @@
 """Data: splits, batches as a function of (seed, epoch, step), sources, and errors before training starts."""
 
+import io
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tdlib import data
+from tdlib import data, memory
 from tdlib.data import Augment, loading
 from tdlib.data.augment import draw, gather
 from tdlib.data.images import random_area
-from tdlib.errors import DataError, TdlibError, UnknownName
+from tdlib.errors import DataError, MemoryLimitError, TdlibError, UnknownName
 
 
 def _npz(path, n=60, count=3, shape=(12, 12, 3), parts=("train", "test"), **replace):
@@ -155,6 +157,10 @@ def test_npz_without_test_set_sizes_names_and_limits(tmp_path):
         ({"train_labels": np.arange(60) % 3 - 1}, "out of range: from -1"),
         ({"test_labels": np.arange(60) % 4}, "out of range: from 0 to 3, expected 0 to 2"),
         ({"train_labels": np.array([None] * 60)}, "cannot be read as an .npz of plain arrays"),
+        ({"train_labels": np.full(60, 2**62)}, "out of range"),
+        ({"train_labels": np.full(60, 2**64 - 1, np.uint64)}, "out of range"),
+        ({"train_labels": np.full(60, 1, "m8[s]")}, "labels must be integers"),
+        ({"test_images": np.zeros((0, 12, 12, 3), np.uint8)}, r"must be \(N, H, W\)"),
     ],
 )
 def test_bad_npz(tmp_path, replace, message):
@@ -169,6 +175,46 @@ def test_npz_that_is_none(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK nonsense")
     with pytest.raises(DataError, match="cannot be read"):
         data.load(f"npz:{tmp_path / 'a.npz'}")
+
+
+def _header(shape, dtype="|u1"):
+    """The beginning of an .npy file."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _header((2**40, 32, 32, 3)),  # 3 PB in a file of 300 bytes
+        _header((10, 8, 8)) + bytes(639),
+        _header((10, 8, 8)) + bytes(641),
+        _header((-10, -8, 8)) + bytes(640),
+        _header((10,), "|O") + bytes(80),
+        _header((10, 8, 8))[:40],
+        b"\x93NUMPY\x09\x00" + _header((10, 8, 8))[8:] + bytes(640),
+        b"no array",
+        b"",
+    ],
+)
+def test_npz_whose_arrays_are_not_what_they_say(tmp_path, content):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("train_images", "train_labels"):
+            file.writestr(f"{name}.npy", content)
+    with pytest.raises(DataError, match=r"cannot be read as an .npz of plain arrays"):
+        data.load(f"npz:{path}")
+
+
+def test_npz_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    images = np.zeros((10_000, 32, 32, 3), np.uint8)
+    np.savez_compressed(path, train_images=images, train_labels=np.arange(10_000) % 3)
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(memory, "free", lambda device="cpu": 2**25)
+    with pytest.raises(MemoryLimitError, match=r"unpacking .*a\.npz needs about"):
+        data.load(f"npz:{path}")
 
 
 def test_cifar_from_npz_under_root(tmp_path, monkeypatch):
@@ -287,6 +333,8 @@ def test_bad_folders(tmp_path):
         (lambda: data.load("digits", image_size=2), DataError, "image_size"),
         (lambda: data.load("digits", limit=1), DataError, "limit"),
         (lambda: data.load("digits", mean=[1.0, 2.0]), DataError, "mean and std need 1"),
+        (lambda: data.load("digits", std="nan"), DataError, "mean and std need 1"),
+        (lambda: data.load("digits", interpolation="nearest"), UnknownName, "bicubic, bilinear"),
         (lambda: data.load("digits").batches("dev", 8), UnknownName, "test, train, val"),
         (lambda: data.load("digits").batches("train", 0), DataError, "batch_size"),
         (lambda: data.load("digits").batches("train", 8, augment="much"), DataError, "unknown augment"),
