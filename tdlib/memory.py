@@ -1,17 +1,20 @@
-"""How much memory there is, and a clear refusal of work that needs more."""
+"""How much memory there is, a clear refusal of work that needs more, and networks that take none."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tdlib.errors import MemoryLimitError
 
 SHARE = 0.8  # of what is free may be used
 CGROUP = Path("/sys/fs/cgroup")
+SIZED = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 
 
 def free(device: torch.device | str = "cpu") -> int:
@@ -43,3 +46,18 @@ def require(
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.3g} GiB"
+
+
+class Weightless(TorchFunctionMode):
+    """Inside, tensors that are made by their size (weights, above all) take no memory: device "meta".
+
+    Tables (torch.arange, torch.linspace) stay real, since constructors of networks read their values.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in SIZED:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)

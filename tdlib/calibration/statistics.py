@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,7 +23,7 @@ from tdlib.calibration.moments import accumulator
 from tdlib.calibration.passes import run
 from tdlib.calibration.sensitivity import TEMPERATURE, damped, fisher
 from tdlib.errors import CheckpointError, DataError
-from tdlib.files import write_atomic
+from tdlib.files import SUM, fits, parse, read_tensors, write_tensors
 
 
 class Statistics(Mapping[str, Tensor]):
@@ -73,26 +71,37 @@ class Statistics(Mapping[str, Tensor]):
         tensors = {f"sigma.{n}": s.to(dtype).contiguous() for n, s in self._sigmas.items()}
         tensors |= {f"mean.{n}": m.contiguous() for n, m in self.means.items()}
         tensors |= {f"weight.{n}": h.contiguous() for n, h in self.weights.items()}
-        metadata = {"tdlib": "statistics", "counts": json.dumps(self.counts)}
-        write_atomic(path, save(tensors, metadata=metadata))
+        counts = json.dumps(self.counts)
+        write_tensors(path, tensors, {"tdlib": "statistics", "version": "2", "counts": counts})
 
 
 def load_statistics(path: str | Path) -> Statistics:
-    """Statistics written by `Statistics.save`. Raises: CheckpointError if the file is missing, corrupt or
-    foreign.
+    """Statistics written by `Statistics.save`. Raises: CheckpointError if the file is missing, damaged,
+    foreign or incomplete.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read statistics from {path}: {error}") from error
+    tensors, metadata = read_tensors(path)
     if metadata.get("tdlib") != "statistics":
         raise CheckpointError(f"{path} was not written by Statistics.save")
-    sigmas = {k.removeprefix("sigma."): v.double() for k, v in tensors.items() if k.startswith("sigma.")}
-    means = {k.removeprefix("mean."): v for k, v in tensors.items() if k.startswith("mean.")}
-    weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
-    return Statistics(sigmas, means, json.loads(metadata["counts"]), weights)
+    if "version" in metadata and SUM not in metadata:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is gone")
+    parts: dict[str, dict[str, Tensor]] = {"sigma": {}, "mean": {}, "weight": {}}
+    for name, value in tensors.items():
+        part, _, layer = name.partition(".")
+        if part not in parts or not value.is_floating_point():
+            raise CheckpointError(f"{path} holds {name} of type {value.dtype}, which is no statistic")
+        parts[part][layer] = value
+    counts = parse(metadata.get("counts", ""), path)
+    if not fits(counts, {str: int}):
+        raise CheckpointError(f"{path}: the counts of patches are no whole numbers")
+    sigmas, means, weights = parts.values()
+    if not set(sigmas) == set(means) == set(counts) >= set(weights):
+        raise CheckpointError(f"{path} is incomplete: not every layer has Sigma, mean and count")
+    for name, sigma in sigmas.items():
+        n, weight = means[name].numel(), weights.get(name, sigma)
+        square = weight.ndim == 2 and weight.shape[0] == weight.shape[1]
+        if sigma.shape != (n, n) or means[name].shape != (n,) or counts[name] < 1 or not square:
+            raise CheckpointError(f"{path}: Sigma, mean and count of layer {name!r} do not go together")
+    return Statistics({n: s.double() for n, s in sigmas.items()}, means, counts, weights)
 
 
 def statistics(

@@ -20,7 +20,7 @@ from tdlib.formats.base import (
     register,
 )
 from tdlib.formats.chains import to_dense
-from tdlib.formats.replace import decompose, install, project, skeleton
+from tdlib.formats.replace import blank, decompose, install, project, skeleton
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -34,6 +34,7 @@ __all__ = [
     "LayerPlan",
     "Ranks",
     "Shape",
+    "blank",
     "decompose",
     "get_format",
     "install",

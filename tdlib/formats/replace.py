@@ -49,9 +49,14 @@ def decompose(
         return _replaced(model, plan, factorised, progress)
 
 
+def blank(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
+    """The structure that `decompose` gives, with zero factors: to load weights into."""
+    return _replaced(model, plan, lambda name, layer, bound, ranks: bound.blank(layer, ranks))
+
+
 def skeleton(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
-    """The structure that `decompose` gives, with random factors: to load weights into, or to train from
-    scratch. The factors are scaled so that the composed kernels have Kaiming variance."""
+    """The structure that `decompose` gives, with random factors: to train from scratch. They are
+    scaled so that the composed kernels have Kaiming variance."""
     return _replaced(model, plan, lambda name, layer, bound, ranks: bound.random(layer, ranks))
 
 

@@ -2,10 +2,10 @@
 ``pretrained(name)``.
 """
 
-from tdlib.models.building import available, build, pretrained, shipped
+from tdlib.models.building import available, build, pretrained, shipped, structural
 from tdlib.models.cifar_resnet import CifarResNet
 from tdlib.models.small import LSTMClassifier, SmallCNN
-from tdlib.models.weights import load_weights
+from tdlib.models.weights import load_weights, misfit
 
 __all__ = [
     "CifarResNet",
@@ -14,6 +14,8 @@ __all__ = [
     "available",
     "build",
     "load_weights",
+    "misfit",
     "pretrained",
     "shipped",
+    "structural",
 ]

@@ -18,6 +18,15 @@ from tdlib.network import Provenance, attach
 OWN = (*DEPTHS, "cnn", "lstm")
 ZOO = Path(__file__).parent / "zoo"
 
+# What a file may say to `build`, besides name and classes: plain values that shape the network. None of them
+# opens a file or a connection, and none makes a constructor compute tables of its size.
+TORCHVISION = frozenset(
+    "aux_logits attention_dropout drop_rate dropout groups image_size init_weights round_nearest width_mult "
+    "replace_stride_with_dilation stochastic_depth_prob transform_input width_per_group "
+    "zero_init_residual".split()
+)
+TIMM = frozenset("drop_block_rate drop_path_rate drop_rate global_pool output_stride".split())
+
 
 def available() -> list[str]:
     """Every name that ``build`` knows: the library's own, then torchvision's. timm's are written
@@ -69,6 +78,13 @@ def build(
     kwargs = kw if shape is None else {**kw, "input_shape": list(shape)}
     attach(model, Provenance({"name": name, "classes": count, "kwargs": kwargs}))
     return model
+
+
+def structural(name: str) -> frozenset[str]:
+    """The arguments of `build` that a saved network of this name may bring along."""
+    own = {"cnn": {"width", "norm"}, "lstm": {"hidden"}, **{depth: set() for depth in DEPTHS}}
+    further = own.get(name, TIMM if name.startswith("timm:") else TORCHVISION)
+    return frozenset({"input_shape", *further})
 
 
 def pretrained(name: str) -> nn.Module:

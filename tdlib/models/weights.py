@@ -4,15 +4,15 @@ unpickled).
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tdlib.errors import ClassCountError, DataError
+from tdlib.files import read_tensors
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # left by DataParallel, torch.compile and Lightning
 
@@ -24,17 +24,22 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         raise DataError(f"weight file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+            return read_tensors(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
+                    raise DataError("its entries are compressed, which torch.save never does")
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # torch.load names no closed list of what a broken file can raise
         raise DataError(
             f"{path} cannot be read as weights (safetensors or a plain state_dict): {error}"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
+    ):
         raise DataError(f"{path} holds no state_dict (a mapping from parameter names to tensors)")
     return dict(found), {}
 
@@ -58,26 +63,17 @@ def load_weights(
         state, source = read_state_dict(weights)[0], str(weights)
     state = {_strip(key): value for key, value in state.items()}
     target = model.state_dict()
-    counters = {key for key in target if key.endswith("num_batches_tracked")}
-    missing = [key for key in target if key not in state and key not in counters]
-    unexpected = [key for key in state if key not in target]
+    fresh = {key for key in target if key.endswith("num_batches_tracked")}  # may be missing
     differ = [key for key in state if key in target and state[key].shape != target[key].shape]
     head = _head(model)
-    if differ and all(key.rpartition(".")[0] == head for key in differ):
-        if new_head:
-            state = {key: value for key, value in state.items() if key not in differ}
-            differ = []
-        else:
+    if differ and all(key.rpartition(".")[0] == head and state[key].ndim for key in differ):
+        if not new_head:
             have, want = (len(table[differ[0]]) for table in (state, target))
             raise ClassCountError(f"{source} (last layer {head!r})", have, want)
-    problems = [f"missing {_few(missing)}"] if missing else []
-    problems += [f"unexpected {_few(unexpected)}"] if unexpected else []
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, the model {tuple(target[key].shape)}"
-        for key in differ[:3]
-    ]
-    if problems:
-        raise DataError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
+        state = {key: value for key, value in state.items() if key not in differ}
+        fresh |= set(differ)
+    if problems := misfit(state, target, fresh):
+        raise DataError(f"{source} does not fit {type(model).__name__}: {problems}")
     bad = [
         key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())
     ]
@@ -85,6 +81,21 @@ def load_weights(
         raise DataError(f"{source} contains NaN or infinite values in {_few(bad)}")
     model.load_state_dict({**target, **{key: value.to(target[key].dtype) for key, value in state.items()}})
     return model
+
+
+def misfit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], fresh: Collection[str] = ()) -> str:
+    """What of `state` does not go into a network with the state_dict `target`: names that are missing (but
+    for those in `fresh`) or unexpected, and shapes that differ. Empty where all is well."""
+    missing = [key for key in target if key not in state and key not in fresh]
+    unexpected = [key for key in state if key not in target]
+    differ = [key for key in state if key in target and state[key].shape != target[key].shape]
+    problems = [f"missing {_few(missing)}"] if missing else []
+    problems += [f"unexpected {_few(unexpected)}"] if unexpected else []
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, the model {tuple(target[key].shape)}"
+        for key in differ[:3]
+    ]
+    return "; ".join(problems)
 
 
 def _strip(key: str) -> str:
