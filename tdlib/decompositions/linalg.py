@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,7 +63,10 @@ def check_finite(T: Tensor, what: str) -> Tensor:
 
 def check_ranks(ranks: Sequence[int] | int, count: int, what: str) -> tuple[int, ...]:
     """The ranks as a tuple of `count` integers ≥ 1 (an int counts for one). Raises RankError otherwise."""
-    given = tuple(ranks) if isinstance(ranks, Sequence) or hasattr(ranks, "__iter__") else (ranks,)
+    try:
+        given: tuple[Any, ...] = tuple(ranks)  # type: ignore[arg-type]
+    except TypeError:  # one number, also as a tensor
+        given = (ranks,)
     if len(given) != count:
         raise RankError(f"{what} takes {count} rank{'s' * (count != 1)}, got {len(given)}: {given}")
     for rank in given:

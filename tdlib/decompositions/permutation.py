@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tdlib.decompositions.base import Shape
-from tdlib.decompositions.modes import factorise_modes
+from tdlib.decompositions.modes import factorise_modes, whole_numbers
 from tdlib.errors import RankError
 
 ORDER = 4  # modes of the folded tensor where the caller does not say
@@ -54,22 +54,24 @@ def fold_modes(
 ) -> Shape:
     """Extents of the folded tensor: `modes` ("kernel": the kernel's own), or else `order` near-equal ones.
 
-    Raises: RankError if the modes do not multiply to the number of entries, or the order is below 2.
+    Raises: RankError if the modes do not multiply to the number of entries, the order is below 2, or both
+    are given.
     """
     n = math.prod(shape)
+    if modes is not None and order is not None:
+        raise RankError(f"order={order!r} is unused beside modes={modes!r}: drop one of them")
     if modes == "kernel":
         return tuple(int(s) for s in shape if s > 1) or (1,)
     if isinstance(modes, str):
         raise RankError(f"modes must be a list of extents or 'kernel', not {modes!r}")
     if modes is None:
-        if order is not None and order < 2:
-            raise RankError(f"a folded kernel needs an order of at least 2, got {order}")
-        return tuple(sorted(factorise_modes(n, order or ORDER), reverse=True))
-    if math.prod(modes) != n or min(modes) < 1:
-        raise RankError(
-            f"modes {tuple(modes)} multiply to {math.prod(modes)}, but the kernel has {n} entries"
-        )
-    return tuple(int(m) for m in modes)
+        if order == 1:
+            raise RankError("a folded kernel needs an order of at least 2, got 1")
+        return tuple(sorted(factorise_modes(n, ORDER if order is None else order), reverse=True))
+    extents = whole_numbers(modes, "modes")
+    if math.prod(extents) != n:
+        raise RankError(f"modes {extents} multiply to {math.prod(extents)}, but the kernel has {n} entries")
+    return extents
 
 
 def fold(weight: Tensor, modes: Sequence[int], seed: int | None) -> Tensor:

@@ -22,9 +22,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tdlib import memory
 from tdlib.decompositions.base import Decomposition
+from tdlib.decompositions.cores import LARGE
 from tdlib.decompositions.linalg import check_ranks
-from tdlib.decompositions.modes import factorise_modes
+from tdlib.decompositions.modes import factorise_modes, whole_numbers
 from tdlib.decompositions.sigma import pinv_root
 from tdlib.errors import NonFiniteError, RankError, TdlibError, unknown
 from tdlib.formats.chains import Layer
@@ -198,10 +200,19 @@ class KernelFormat:
         rest = weight - self.compose(decompose(self.fold(weight), self.clip(ranks)))
         return float(rest.double().square().sum() / weight.double().square().sum().clamp_min(1e-300))
 
+    def affordable(self, layer: Layer, ranks: Sequence[int]) -> list[Shape]:
+        """Shapes of the factors. Raises: RankError; MemoryLimitError where they would not fit, since the
+        ranks of a ring have no bounds to be cut to."""
+        shapes, weight = self.shapes(self.clip(ranks)), layer.weight
+        need = sum(map(math.prod, shapes)) * weight.element_size()
+        if need > max(LARGE, weight.nbytes):
+            what = f"format {self.name!r} at ranks {tuple(ranks)} for a kernel of shape {self.shape}"
+            memory.require(need, what, "lower the ranks", device=weight.device)
+        return shapes
+
     def blank(self, layer: Layer, ranks: Sequence[int]) -> nn.Module:
         """The factorised module for `layer` with zero factors: a structure to load weights into."""
-        weight = layer.weight
-        zeros = [weight.new_zeros(shape) for shape in self.shapes(self.clip(ranks))]
+        zeros = [layer.weight.new_zeros(shape) for shape in self.affordable(layer, ranks)]
         return self.module(layer, zeros)
 
     def random(self, layer: Layer, ranks: Sequence[int], gain: float = 2.0) -> nn.Module:
@@ -303,10 +314,18 @@ class LayerPlan:
 
 def channel_modes(shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
     """`out_modes` and `in_modes` as given, or `order` near-equal ones each (2). Raises: RankError."""
-    order, modes = int(options.get("order", 2)), {}
+    given = [key for key in ("out_modes", "in_modes") if key in options]
+    if "order" in options and len(given) == 2:
+        raise RankError(
+            f"order={options['order']!r} is unused beside out_modes and in_modes: drop order, or one of them"
+        )
+    modes = {}
     for key, size in (("out_modes", shape[0]), ("in_modes", shape[1])):
-        chosen = tuple(int(n) for n in options.get(key) or factorise_modes(size, order))
-        if math.prod(chosen) != size or min(chosen, default=0) < 1:
+        if key in given:
+            chosen = whole_numbers(options[key], key)
+        else:
+            chosen = factorise_modes(size, options.get("order", 2))
+        if math.prod(chosen) != size:
             raise RankError(
                 f"{key}={chosen} multiply to {math.prod(chosen)}, but the layer has {size} channels"
             )

@@ -56,7 +56,7 @@ class ComposedFormat(KernelFormat):
     @torch.no_grad()
     def random(self, layer: Layer, ranks: Sequence[int], gain: float = 2.0) -> nn.Module:
         """Normal factors of one variance, such that the kernel's entries have variance gain / fan-in."""
-        shapes = self.shapes(self.clip(ranks))
+        shapes = self.affordable(layer, ranks)
         # Entries are sums of as many products as there are multiplications by ones.
         ones = [torch.ones(shape, dtype=torch.float64) for shape in shapes]
         paths = float(self.decomposition.compose(ones).flatten()[0])

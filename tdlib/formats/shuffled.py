@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -46,11 +47,11 @@ class Shuffled(ComposedFormat):
     batched = False  # torch.vmap forbids drawing the permutation
 
     def resolve(self, options: dict[str, Any]) -> dict[str, Any]:
-        seed = int(options.get("seed", 0))
-        if not 0 <= seed < 2**63:
-            raise RankError(f"the seed of a permutation is a whole number of at least 0, got {seed}")
+        seed = options.get("seed", 0)
+        if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+            raise RankError(f"the seed of a permutation is a whole number of at least 0, got {seed!r}")
         modes = fold_modes(self.shape, options.get("order"), options.get("modes"))
-        return {"modes": modes, "seed": seed, "shuffle": bool(options.get("shuffle", True))}
+        return {"modes": modes, "seed": int(seed), "shuffle": bool(options.get("shuffle", True))}
 
     @property
     def seed(self) -> int | None:

@@ -46,7 +46,7 @@ def build(
 ) -> nn.Module:
     """Build a classifier for ``classes`` classes (a count, or the list of their names).
 
-    name: ``resnet20|32|56`` (32x32 images, option-A shortcuts), ``cnn``, ``lstm``, a torchvision name
+    name: ``resnet20|32|44|56|110`` (32x32 images, option-A shortcuts), ``cnn``, ``lstm``, a torchvision name
     (``resnet18`` or ``torchvision:resnet18``) or ``timm:NAME``.
     input_shape: (channels, height, width) of one input; ``cnn`` and ``lstm`` need it (default (1, 8, 8), the
     digits), others use its channel count for their first convolution.

@@ -1,4 +1,4 @@
-"""ResNet-20/32/56 for 32x32 images, with parameter-free (option A) shortcuts.
+"""ResNet-20/32/44/56/110 for 32x32 images, with parameter-free (option A) shortcuts.
 
 Source: K. He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2. The parameter
 names (``conv1``, ``bn1``, ``layerL.B.convN``, ``layerL.B.bnN``, ``linear``) are those of the public CIFAR
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet56": 9}  # residual blocks per stage; depth = 6 n + 2
+#: Residual blocks n per stage; the depth is 6 n + 2.
+DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 
 
 class Block(nn.Module):

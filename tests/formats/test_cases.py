@@ -193,7 +193,7 @@ def test_the_order_of_the_modes_is_row_major_with_the_transpose():
         ((8, 6, 3, 3), "tuker2", {}, UnknownName, "Did you mean 'tucker2'"),
         ((8, 6, 3, 3), "tt", {"modes": 3}, UnknownName, "out_modes"),
         ((8, 6, 3, 3), "tt", {"out_modes": (5, 5)}, RankError, "multiply to 25"),
-        ((8, 6, 3, 3), "tr", {"order": 0}, RankError, "d=0"),
+        ((8, 6, 3, 3), "tr", {"order": 0}, RankError, "order.*got 0"),
         ((8, 6), "tt-matrix", {"out_modes": (2, 4), "in_modes": (6,)}, RankError, "as many out_modes"),
         ((8, 6, 3, 3), "tt-matrix", {}, TdlibError, "does not apply to a conv"),
         ((8, 6, 3), "svd", {}, TdlibError, "kernel has shape"),
@@ -201,6 +201,15 @@ def test_the_order_of_the_modes_is_row_major_with_the_transpose():
         ((8, 6, 3, 3), "shuffled-tt", {"modes": "other"}, RankError, "'kernel'"),
         ((8, 6, 3, 3), "shuffled-tt", {"order": 1}, RankError, "at least 2"),
         ((8, 6, 3, 3), "shuffled-tt", {"seed": -1}, RankError, "seed"),
+        ((8, 6, 3, 3), "shuffled-tt", {"seed": "a"}, RankError, "seed.*'a'"),
+        ((8, 6, 3, 3), "shuffled-tt", {"order": 3, "modes": (48, 9)}, RankError, "drop one of them"),
+        ((8, 6, 3, 3), "shuffled-tt", {"modes": (48, "9")}, RankError, "modes must be a whole number"),
+        ((8, 6), "tt", {"order": 2, "out_modes": (2, 4), "in_modes": (6,)}, RankError, "drop order"),
+        ((8, 6), "tt", {"order": "2"}, RankError, "order.*got '2'"),
+        ((8, 6), "tr", {"order": 10**6}, RankError, "at most 24"),
+        ((8, 6), "tr", {"order": float("nan")}, RankError, "got nan"),
+        ((8, 6), "tr", {"out_modes": 8.0}, RankError, "out_modes must be.*got 8.0"),
+        ((8, 6), "tr", {"in_modes": (2, None)}, RankError, "in_modes must be"),
         ((8, 6, 3, 3), "shuffled-tt", {"out_modes": (2, 4)}, UnknownName, "shuffle"),
     ],
 )
@@ -211,7 +220,19 @@ def test_wrong_options_are_named(shape, format, options, error, words):
 
 @pytest.mark.parametrize(
     ("ranks", "words"),
-    [((1,), "takes 2 ranks, got 1"), ((0, 1), "rank 0 in"), ((1.5, 1), "rank 1.5 in"), ((1, 2, 3), "got 3")],
+    [
+        ((1,), "takes 2 ranks, got 1"),
+        ((1, 2, 3), "got 3"),
+        ((0, 1), "rank 0 in"),
+        ((1.5, 1), "rank 1.5 in"),
+        ((float("nan"), 1), "rank nan in"),
+        ((None, 1), "rank None in"),
+        (("a", 1), "rank 'a' in"),
+        (((2,), 1), r"rank \(2,\) in"),
+        ("ab", "rank 'a' in"),
+        (None, "takes 2 ranks, got 1"),
+        (torch.tensor(3), "takes 2 ranks, got 1"),
+    ],
 )
 def test_wrong_ranks_are_named_with_the_format_and_the_kernel(ranks, words):
     bound = get_format("tucker2").bind((8, 6, 3, 3))
@@ -219,4 +240,5 @@ def test_wrong_ranks_are_named_with_the_format_and_the_kernel(ranks, words):
         with pytest.raises(RankError, match=words) as caught:
             call(ranks)
         assert "'tucker2'" in str(caught.value) and "(8, 6, 3, 3)" in str(caught.value)
+    assert bound.clip((100, 10**30)) == bound.clip(torch.tensor((100, 4000))) == (8, 6)
     assert bound.clip((100, 4)) == (8, 4) and math.prod(bound.bounds) == 48

@@ -43,6 +43,15 @@ def test_a_ring_is_composed_and_projected_in_the_cheap_order(shape, order):
     assert projecting.numbers <= 3 * (numbers + sides * rank**2)
 
 
+def test_the_ranks_of_a_ring_cannot_ask_for_more_than_there_is():
+    layer = nn.Linear(8, 6)
+    for format in ("tr", "shuffled-tr"):
+        bound = get_format(format).bind((6, 8))
+        for make in (bound.blank, bound.random):
+            with pytest.raises(MemoryLimitError, match=f"format '{format}' at ranks .*lower the ranks"):
+                make(layer, (10**9,) * len(bound.bounds))
+
+
 def test_what_does_not_fit_is_refused_with_the_layer_and_the_way_out(monkeypatch):
     model = nn.Sequential(nn.Linear(6272, 1024, device="meta"))
     bound = get_format("tr").bind((1024, 6272))

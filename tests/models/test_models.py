@@ -26,11 +26,13 @@ def _count(net):
         ("resnet20", 100, 275_572, 1_376),
         ("resnet32", 10, 464_154, 2_272),
         ("resnet32", 100, 470_004, 2_272),
+        ("resnet44", 10, 658_586, 3_168),
         ("resnet56", 10, 853_018, 4_064),
+        ("resnet110", 10, 1_727_962, 8_096),
     ],
 )
 def test_parameter_counts(name, classes, params, bn):
-    """He et al. 2016, section 4.2 (0.27, 0.46 and 0.85 million parameters)."""
+    """He et al. 2016, section 4.2 (0.27, 0.46, 0.66, 0.85 and 1.7 million parameters)."""
     net = models.build(name, classes)
     assert _count(net) == params
     norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
