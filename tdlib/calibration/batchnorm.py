@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdlib.calibration.passes import inputs_of, no_inputs, placed
+from tdlib.calibration.passes import inputs_of, no_inputs, placed, threads_for
 from tdlib.calibration.statistics import Statistics
 from tdlib.errors import DataError
 from tdlib.formats import to_dense
@@ -42,7 +42,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
                     for norm in norms:
                         norm.reset_running_stats()
                 seen += len(x)
-                model(placed(model, x))
+                with threads_for(model, x.numel()):
+                    model(placed(model, x))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -9,15 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdlib.calibration.passes import inputs_of, placed
+from tdlib.calibration.passes import inputs_of, placed, threads_for
 from tdlib.network import evaluating
 
 
 @torch.no_grad()
 def logits(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Outputs of the model in eval mode, (inputs, classes), float32 on the CPU."""
+    found = []
     with evaluating(model):
-        return torch.cat([model(placed(model, inputs_of(b))).float().cpu() for b in batches])
+        for batch in batches:
+            x = inputs_of(batch)
+            with threads_for(model, x.numel()):
+                found.append(model(placed(model, x)).float().cpu())
+    return torch.cat(found)
 
 
 def divergence(reference: Tensor, other: Tensor, temperature: float = 1.0) -> float:

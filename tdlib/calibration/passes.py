@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdlib.decompositions.linalg import one_thread
 from tdlib.errors import DataError, NonFiniteError
 from tdlib.network import evaluating
+
+SMALL_PASS = 1e10
 
 
 def calibration_batches(
@@ -63,6 +66,12 @@ def placed(model: nn.Module, x: Tensor) -> Tensor:
     return x.to(place.device, place.dtype if x.is_floating_point() else x.dtype)
 
 
+def threads_for(model: nn.Module, values: int) -> AbstractContextManager[None]:
+    """One thread inside where a batch of so many values is little work for the model: values × parameters,
+    an upper bound of the multiply-accumulates of most networks, below `SMALL_PASS`."""
+    return one_thread(values * sum(p.numel() for p in model.parameters()) < SMALL_PASS)
+
+
 def no_inputs() -> DataError:
     """The error to raise where the batches held not a single input."""
     return DataError("the calibration data is empty: `batches` gave no inputs")
@@ -98,7 +107,8 @@ def run(model: nn.Module, batches: Iterable[Any], taps: Mapping[str, Callable[[T
         for batch in batches:
             x = inputs_of(batch)
             seen += len(x)
-            model(placed(model, x))
+            with threads_for(model, x.numel()):
+                model(placed(model, x))
     if seen == 0:
         raise no_inputs()
     return seen

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdlib.calibration.moments import accumulator
-from tdlib.calibration.passes import check_finite, inputs_of, no_inputs, placed
+from tdlib.calibration.passes import check_finite, inputs_of, no_inputs, placed, threads_for
 from tdlib.errors import DataError
 from tdlib.network import evaluating
 
@@ -53,14 +53,16 @@ def fisher(
         for batch in batches:
             x = inputs_of(batch)
             outputs.clear()
-            logits = model(placed(model, x)) / temperature
-            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).flatten()
-            loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-            gradients = torch.autograd.grad(loss, [outputs[n] for n in names])
-            for name, g in zip(names, gradients, strict=True):
-                g = g.flatten(2).transpose(1, 2) if g.ndim == 4 else g
-                rows = g.reshape(-1, g.shape[-1])
-                totals[name] = totals.get(name, 0) + (rows.T @ rows).double()
+            with threads_for(model, x.numel()):
+                logits = model(placed(model, x)) / temperature
+                chances = logits.detach().softmax(-1).cpu()
+                labels = torch.multinomial(chances, 1, generator=generator).flatten()
+                loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+                gradients = torch.autograd.grad(loss, [outputs[n] for n in names])
+                for name, g in zip(names, gradients, strict=True):
+                    g = g.flatten(2).transpose(1, 2) if g.ndim == 4 else g
+                    rows = g.reshape(-1, g.shape[-1])
+                    totals[name] = totals.get(name, 0) + (rows.T @ rows).double()
             seen += len(x)
     if seen == 0:
         raise no_inputs()
@@ -106,10 +108,11 @@ def paired(dense: nn.Module, compressed: nn.Module, name: str, batches: Iterable
     with evaluating(dense), evaluating(compressed):
         for batch in batches:
             x = inputs_of(batch)
-            before, after = reach(dense, first, x), reach(compressed, second, x)
-            check_finite(name, after)
-            own.update(after)
-            cross.update(before, after)
+            with threads_for(dense, x.numel()):
+                before, after = reach(dense, first, x), reach(compressed, second, x)
+                check_finite(name, after)
+                own.update(after)
+                cross.update(before, after)
     if own.count == 0:
         raise no_inputs()
     (sigma, mean), (mixed, dense_mean) = own.result(), cross.result()

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -22,21 +23,48 @@ from tdlib.errors import NonFiniteError, RankError
 
 CHEAP = 128  # short sides up to which a float64 Gram matrix costs nothing that can be noticed
 
+SMALL = 2048  # longer sides of an unfolding below which several threads save little
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@contextmanager
+def one_thread(when: bool = True) -> Iterator[None]:
+    """A single thread for torch on the CPU inside; afterwards as many as before.
+
+    For work of many small products: threads meet after each of them, and where other processes want the
+    processor too, every meeting waits for a time slice (0.4 s became 30 s).
+    """
+    before = torch.get_num_threads()
+    if when and before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def small(*tensors: Tensor) -> bool:
+    """Whether the unfoldings along the first mode have sides below `SMALL` all."""
+    return all(max(len(T), T.numel() // max(1, len(T))) < SMALL for T in tensors if T.ndim)
+
+
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` without gradients, autocast or reduced-precision matrix products (TF32, bfloat16)."""
+    """Run `function` without gradients, autocast or reduced-precision matrix products (TF32, bfloat16); on
+    one thread where all its tensors are `small`."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         precision = torch.get_float32_matmul_precision()
         if precision != "highest":
             torch.set_float32_matmul_precision("highest")
         try:
             with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                return function(*args, **kwargs)
+                with one_thread(small(*tensors)):
+                    return function(*args, **kwargs)
         finally:
             if precision != "highest":
                 torch.set_float32_matmul_precision(precision)

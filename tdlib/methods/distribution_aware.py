@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from tdlib import calibration
 from tdlib.calibration import TEMPERATURE, Statistics, calibration_batches, damped, fisher, load_statistics
+from tdlib.calibration.passes import threads_for
 from tdlib.calibration.statistics import shrink, shrinkage_for
 from tdlib.decompositions.sigma import corrected_target, sigma_error
 from tdlib.formats import decompose, install, to_dense
@@ -65,16 +66,17 @@ def distribution_aware(
     Raises: as `statistics` and `decompose`.
     """
     batches = calibration_batches(data, samples, seed=seed, device=next(model.parameters()).device)
-    found = statistics_of(model, batches, list(plan), statistics, weigh_outputs, seed, progress)
-    if sequential:
-        small = in_sequence(model, plan, batches, found.weights, bias_correction, progress)
-    else:
-        small = decompose(model, plan, found, progress=progress)
-        if bias_correction:
-            calibration.correct_bias(small, model, found, plan, batches[0])
-    if recalibrate:
-        calibration.recalibrate_batchnorm(small, batches)
-    return small, {"layers": layer_errors(model, small, plan, found)}
+    with threads_for(model, batches[0].numel()):
+        found = statistics_of(model, batches, list(plan), statistics, weigh_outputs, seed, progress)
+        if sequential:
+            small = in_sequence(model, plan, batches, found.weights, bias_correction, progress)
+        else:
+            small = decompose(model, plan, found, progress=progress)
+            if bias_correction:
+                calibration.correct_bias(small, model, found, plan, batches[0])
+        if recalibrate:
+            calibration.recalibrate_batchnorm(small, batches)
+        return small, {"layers": layer_errors(model, small, plan, found)}
 
 
 def statistics_of(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm import tqdm
 
+from tdlib.decompositions.linalg import one_thread, small
 from tdlib.decompositions.ranks import evbmf_rank
 from tdlib.errors import TdlibError
 from tdlib.formats import Ranks
@@ -118,9 +119,10 @@ def global_(candidates: Sequence[Candidate], request: Request) -> Choice:
     statistics, weights = request.statistics, getattr(request.statistics, "weights", None)
 
     def curve(c: Candidate) -> Curve:
-        if statistics is not None and weights:
-            return harm_curve(c, statistics, weights)
-        return harm(weight_curve(c, whitened(c, statistics)))
+        with one_thread(small(c.weight)):
+            if statistics is not None and weights:
+                return harm_curve(c, statistics, weights)
+            return harm(weight_curve(c, whitened(c, statistics)))
 
     curves = {c.name: curve(c) for c in tqdm(candidates, "ranks", unit="layer", disable=not request.progress)}
     costs = {c.name: c.cost(None) for c in candidates}

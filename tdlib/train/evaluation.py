@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tdlib.calibration.passes import threads_for
 from tdlib.data import Bundle
 from tdlib.errors import DataError
 from tdlib.network import evaluating
@@ -77,7 +79,8 @@ def sums(
     synchronisation.
     """
     totals = new_totals(device)
-    with inference(model), amp or contextlib.nullcontext():
+    threads = threads_for(model, batch_size * math.prod(data.input_shape))
+    with threads, inference(model), amp or contextlib.nullcontext():
         for x, y in data.batches(
             split, batch_size, device=device, rank=rank, world=world, shuffle=False, drop_last=False
         ):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tdlib.decompositions.linalg import full_precision
 from tdlib.errors import DataError, NonFiniteError
 
 RIDGE = 1e-8
@@ -56,6 +57,7 @@ def root(S: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()
 
 
+@full_precision
 def pinv_root(S: Tensor, rtol: float = 1e-12) -> tuple[Tensor, Tensor]:
     """(S^(1/2), S^(-1/2)), symmetric; eigenvalues below rtol * largest count as zero in the inverse."""
     values, vectors = torch.linalg.eigh(S.double())
@@ -71,6 +73,7 @@ def sigma_norm2(M: Tensor, S: Tensor) -> Tensor:
     return ((M @ S.double()) * M).sum()
 
 
+@full_precision
 def sigma_error(W: Tensor, What: Tensor, S: Tensor) -> float:
     """Relative error ||(W - What) S^(1/2)|| / ||W S^(1/2)|| in [0, inf): root mean squared output error over
     output.
@@ -94,6 +97,7 @@ def check_size(M: Tensor, S: Tensor) -> None:
         )
 
 
+@full_precision
 def svd_sigma(M: Tensor, r: int, S: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     """(A (O, r), B (r, n)): the rank-r matrix nearest to M (O, n) in the norm of S. Closed form, no inverse.
 
@@ -122,6 +126,7 @@ def balance(values: Tensor) -> Tensor:
     return (values / top).clamp_min(1e-12).pow(0.25) * top.pow(0.25)
 
 
+@full_precision
 def corrected_target(W: Tensor, cross: Tensor, S: Tensor, ridge: float = 1e-6) -> Tensor:
     """The kernel that best gives the ORIGINAL output from the inputs of the compressed network (same shape as
     W).
