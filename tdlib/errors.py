@@ -13,6 +13,7 @@ __all__ = [
     "ClassCountError",
     "DataError",
     "FileError",
+    "Interrupted",
     "MemoryLimitError",
     "NonFiniteError",
     "RankError",
@@ -68,6 +69,16 @@ class NonFiniteError(TdlibError):
 
 class UnknownName(TdlibError):
     """A name that is not in a table; the message lists the valid ones."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM (its number in `signal`) came, and a checkpoint was written; the message says how to
+    go on. No TdlibError, for like any KeyboardInterrupt it has to pass `except Exception`.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def unknown(kind: str, name: object, valid: Iterable[str]) -> UnknownName:

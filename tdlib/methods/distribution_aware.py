@@ -20,6 +20,7 @@ Bias correction and BatchNorm recalibration change more than the kernels; they s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -34,11 +35,13 @@ from tdlib.calibration import TEMPERATURE, Statistics, calibration_batches, damp
 from tdlib.calibration.passes import threads_for
 from tdlib.calibration.statistics import shrink, shrinkage_for
 from tdlib.decompositions.sigma import corrected_target, sigma_error
+from tdlib.errors import TdlibError
 from tdlib.formats import decompose, install, to_dense
 from tdlib.formats.base import finite
 from tdlib.methods.direct import Tables
 from tdlib.network import attach, provenance
 from tdlib.planning import Plan, count, end_layers
+from tdlib.planning.budget import make_budget
 from tdlib.planning.candidates import candidates
 
 Given = Statistics | str | Path | None
@@ -93,13 +96,17 @@ def statistics_of(
         return calibration.statistics(
             model, batches, layers, output_weights=weigh_outputs, seed=seed, progress=progress
         )
-    found = load_statistics(given) if isinstance(given, str | Path) else given
+    found = _given(given)
     weights = found.weights if weigh_outputs else {}
     if weigh_outputs and not weights:
         passes = tqdm(batches, "sensitivity", unit="batch", disable=not progress)
         information = fisher(model, passes, layers, temperature=TEMPERATURE, seed=seed)
         weights = {name: damped(H) for name, H in information.items()}
     return Statistics(found, found.means, found.counts, weights)
+
+
+def _given(statistics: Statistics | str | Path) -> Statistics:
+    return load_statistics(statistics) if isinstance(statistics, str | Path) else statistics
 
 
 def in_sequence(
@@ -152,26 +159,40 @@ def measured(
     ranks: Mapping[str, Sequence[int]] | None = None,
     options: Mapping[str, Any] | None = None,
     statistics: Given = None,
-    samples: int = 1000,
+    samples: int | None = None,
     weigh_outputs: bool = True,
-    sequential: bool = True,
+    sequential: bool | None = None,
+    bias_correction: bool = False,
+    recalibrate: bool = False,
+    multiple: int = 1,
+    ratio: float | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
     """What ranks by harm and the decomposition share: the statistics of the layers that can be decomposed.
 
     Arguments as in `tdlib.plan` and `distribution_aware`. Given `statistics` stand for other data, so nothing
-    is fitted in sequence then.
+    is fitted in sequence then, with a warning. Raises: TdlibError where `sequential` is asked for or
+    `samples` would not be looked at beside them; BudgetError, before anything is measured.
     """
-    batches = calibration_batches(data, samples, seed=seed, device=next(model.parameters()).device)
+    if statistics is not None:
+        looks = bias_correction or recalibrate or (weigh_outputs and not _given(statistics).weights)
+        if sequential or (samples is not None and not looks):
+            name = "sequential" if sequential else "samples"
+            raise TdlibError(f"{name} and statistics exclude one another: statistics stand for other inputs")
+        if sequential is None:
+            warnings.warn("statistics are given, so layers are not fitted in sequence", stacklevel=3)
+    batches = calibration_batches(data, samples or 1000, seed=seed, device=next(model.parameters()).device)
     cost = count(model, batches[0].shape[1:])
     skip = end_layers(model) if skip is None else skip
-    layers, _ = candidates(model, cost, format, by, skip, options or {})
+    layers, _ = candidates(model, cost, format, by, skip, options or {}, multiple)
     names = [c.name for c in layers if ranks is None or any(fnmatchcase(c.name, p) for p in ranks)]
     if not names:  # nothing to measure; planning says why
         return {}
+    if ratio is not None:
+        make_budget(cost.by(by), layers, ratio, by)
     found = statistics_of(model, batches, names, statistics, weigh_outputs, seed, progress)
-    return {"statistics": found, "sequential": sequential and statistics is None}
+    return {"statistics": found, "sequential": sequential is not False and statistics is None}
 
 
 def layer_errors(

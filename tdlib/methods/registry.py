@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tdlib.calibration import calibration_batches
-from tdlib.errors import DataError, TdlibError, needs, unknown
+from tdlib.calibration import calibration_batches, load_statistics
+from tdlib.errors import BudgetError, DataError, TdlibError, needs, unknown
 from tdlib.formats import FORMATS, get_format
-from tdlib.network import attach, provenance
+from tdlib.methods.kinds import check_kinds
+from tdlib.network import attach, fingerprint, provenance
 from tdlib.planning import Plan, end_layers, plan
-from tdlib.train import accuracies, fit, fit_selected, stage
+from tdlib.train import accuracies, checkpoint, fit, fit_selected, rehearse, stage
 
 EVERY = "*"  # among a method's formats: all that are registered
 
@@ -90,7 +93,7 @@ METHODS: dict[str, Method] = {
         "Kalle et al., NeurIPS 2025; ranks by harm, outputs weighted, in sequence (ours)",
         ("tucker2", "cp", "cp4", "tt"), data="unlabelled inputs", labels=False,
         prepare="tdlib.methods.distribution_aware:measured",
-        defaults={"rule": "global", "weigh_outputs": True, "sequential": True},
+        defaults={"rule": "global", "weigh_outputs": True},
     ),
 }  # fmt: skip
 
@@ -114,7 +117,7 @@ def compress(
     ranks: Mapping[str, Sequence[int]] | None = None,
     options: Mapping[str, Any] | None = None,
     finetune_epochs: int | None = None,
-    finetune_lr: float = 0.01,
+    finetune_lr: float | None = None,
     seed: int = 0,
     device: Any = None,
     progress: bool = True,
@@ -127,12 +130,13 @@ def compress(
     data: a data set or, for what needs no labels, an iterable of input batches (the first 1000 inputs or
     `samples` are used). format: default the method's first. skip: layers that stay dense; None: the first
     convolution and the classifier, as in the papers. rule, options: of `tdlib.plan` (the rule of "iterative"
-    is its own); ranks: a table instead of a ratio. finetune_epochs at finetune_lr: training after the method
-    (default: 10 for "admm", else none; the passes of "iterative" have `stage_epochs` and `stage_lr` of their
-    own); the epoch that is best on the validation split is kept. device: where it all runs and the result is;
-    None: methods that train choose a GPU where there is one, the others stay where the model is. hyper:
-    arguments of the method and of `train.fit` (`hyperparameters(method)` lists them); checkpoint and
-    max_minutes are for the whole.
+    is its own); ranks: a table instead of a ratio. finetune_epochs at finetune_lr (0.01): training after the
+    method (default: 10 for "admm", else none; the passes of "iterative" have `stage_epochs` and `stage_lr` of
+    their own); the epoch that is best on the validation split is kept. device: where it all runs and the
+    result is; None: methods that train choose a GPU where there is one, the others stay where the model is.
+    hyper: arguments of the method and of `train.fit` (`hyperparameters(method)` lists them); checkpoint and
+    max_minutes are for the whole. A checkpoint folder belongs to one run: other weights, data or arguments
+    are refused before any work. Arguments that would be ignored are refused.
 
     "distribution-aware" here is the paper's decomposition under Sigma with our three steps beyond it: ranks
     by harm, outputs weighted, layers fitted in sequence, which keep more accuracy at equal ratio. The paper's
@@ -144,7 +148,8 @@ def compress(
     "history", the tables of the method and of fine-tuning; "seconds".
 
     Raises: UnknownName for a method, a format or a hyper-parameter that does not exist, with the valid names;
-    BudgetError where the ratio cannot be reached; DataError where labels are needed and there are none.
+    BudgetError where the ratio cannot be reached; DataError where labels are needed and there are none;
+    CheckpointError; TdlibError for arguments of the wrong kind, or that contradict one another.
     """
     row, started = _row(method), time.perf_counter()
     run, planner = _function(row.run), _function(row.planner)
@@ -152,21 +157,43 @@ def compress(
     asked: dict[str, Any] = {"format": format or row.choices[0], "ratio": ratio, "by": by}
     asked |= {"skip": skip, "rule": rule, "ranks": ranks, "options": options}
     asked |= {"seed": seed, "device": device, "progress": progress}
+    asked |= {"finetune_epochs": finetune_epochs, "finetune_lr": finetune_lr}
     asked = {name: value for name, value in asked.items() if value is not None} | hyper
-    _check(method, asked, hyper)
+    _check(method, asked, hyper, epochs)
     bundle = hasattr(data, "batches")
     labelled = bundle and bool(data.classes)
     if not labelled and (row.labels or epochs):
         found = f"{data.name} without labels" if bundle else f"a {type(data).__name__}"
         raise DataError(f"{method!r} needs a data set with labels to train on, got {found}")
 
-    dense = model if device is None else copy.deepcopy(model).to(device)
-    inputs = data if bundle else calibration_batches(data, hyper.get("samples", 1000))
     given = {**row.defaults, **asked}
+    if ranks is not None:
+        given.pop("rule", None)
+    if epochs:
+        given |= {"finetune_epochs": epochs, "finetune_lr": 0.01 if finetune_lr is None else finetune_lr}
+    training = {name: value for name, value in given.items() if name in _names(fit)}
+    tuning = training | {"epochs": epochs, "lr": given.get("finetune_lr")}
+    if isinstance(given.get("statistics"), str | Path):
+        given["statistics"] = load_statistics(given["statistics"])
+    dense = model if device is None else copy.deepcopy(model).to(device)
+    folder = None if hyper.get("checkpoint") is None else Path(hyper["checkpoint"])
+    if folder is not None:
+        decisive = {name: value for name, value in given.items() if name not in checkpoint.FREE}
+        identity = {name: checkpoint.described(value) for name, value in decisive.items()}
+        identity |= {"method": method, "weights": fingerprint(model)[:16], "data": data.fingerprint[:16]}
+        checkpoint.read(folder, identity)
+        checkpoint.prepare(folder, model)
+        given["origin"] = tuning["origin"] = checkpoint.digest(identity)
+    if epochs:
+        rehearse(dense, data, **tuning)
+
+    inputs = data if bundle else calibration_batches(data, hyper.get("samples", 1000))
     if row.prepare:
-        prepare = _function(row.prepare)
-        given |= prepare(dense, inputs, **accepted(prepare, given))
+        measure = _function(row.prepare)
+        given |= measure(dense, inputs, **accepted(measure, given))
     chosen = planner(dense, inputs, **accepted(planner, given))
+    if folder is not None:
+        checkpoint.claim(folder, identity)
     small, tables = run(dense, inputs, chosen, **stage(accepted(run, given, fit), method, started))
 
     about = provenance(small)
@@ -177,9 +204,7 @@ def compress(
     if labelled:
         report["dense"], report["before"] = (accuracies(net, data, device) for net in (dense, small))
     if epochs:
-        training = {name: value for name, value in given.items() if name in _names(fit)}
-        training |= {"epochs": epochs, "lr": finetune_lr}
-        history, _ = fit_selected(small, data, **stage(training, "finetune", started))
+        history, _ = fit_selected(small, data, **stage(tuning, "finetune", started))
         tables["finetune"] = tables.get("finetune", []) + history.rows
     if labelled:
         report["after"] = accuracies(small, data, device)
@@ -188,20 +213,42 @@ def compress(
     return small
 
 
-def _check(method: str, asked: Mapping[str, Any], hyper: Mapping[str, Any]) -> None:
-    """Raises UnknownName or TdlibError for what the method does not know, before anything is computed."""
+def _check(method: str, asked: Mapping[str, Any], hyper: Mapping[str, Any], epochs: int) -> None:
+    """Raises UnknownName, BudgetError or TdlibError for what the method does not know, cannot be or would be
+    ignored, before anything is computed.
+    """
     row = _row(method)
     for name in hyper:
         if name not in hyperparameters(method):
             raise unknown(f"hyper-parameter of {method!r}", name, hyperparameters(method))
     if asked["format"] not in row.choices:
         raise unknown(f"format for {method!r}", asked["format"], row.choices)
-    valid = [*_names(_function(row.planner)), *_names(_function(row.run))]
+    parts = [_function(place) for place in (row.planner, row.run, row.prepare) if place]
+    own = [name for part in parts for name in _names(part)]
+    check_kinds([compress, *parts, fit], asked)
     for name in ("rule", "ranks", "options"):
-        if name in asked and name not in valid:
+        if name in asked and name not in own:
             raise TdlibError(f"method {method!r} takes no {name}; leave it out")
     if ("ratio" in asked) == ("ranks" in asked):
         raise TdlibError("give either a ratio or an explicit table of ranks")
+    if {"rule", "ranks"} <= asked.keys():
+        raise TdlibError("a table of ranks leaves nothing to a rule: give either")
+    if "ratio" in asked and not 1 < asked["ratio"] < math.inf:
+        raise BudgetError(
+            f"a ratio is dense / compressed and must be a number larger than 1, got {asked['ratio']}"
+        )
+    if epochs < 0 or not 0 < asked.get("finetune_lr", 1) < math.inf:
+        raise TdlibError(
+            f"need finetune_epochs >= 0 and finetune_lr > 0, got {epochs} and {asked.get('finetune_lr')}"
+        )
+    trains = epochs > 0 or any(_passes_on(part) for part in parts)
+    idle = [name for name in hyper if name not in own and not trains]
+    idle += ["finetune_lr"] if "finetune_lr" in asked and not epochs else []
+    if idle:
+        raise TdlibError(
+            f"{', '.join(idle)} would be ignored: {method!r} trains nothing that takes it without "
+            "finetune_epochs; give those as well, or leave it out"
+        )
 
 
 def planned(
@@ -240,7 +287,7 @@ def hyperparameters(method: str) -> tuple[str, ...]:
     parts = [_function(place) for place in (row.run, row.planner, row.prepare) if place]
     names = [name for part in parts for name in _names(part)]
     names += [name for name in _names(fit) if name not in ("epochs", "lr", "hooks")]
-    taken = [*_names(compress), "on_decomposed"]
+    taken = [*_names(compress), "on_decomposed", "origin"]
     return tuple(name for name in dict.fromkeys(names) if name not in taken)
 
 
@@ -248,8 +295,7 @@ def accepted(
     function: Callable[..., Any], given: Mapping[str, Any], rest: Callable[..., Any] | None = None
 ) -> dict[str, Any]:
     """Those of the given arguments that the function takes by name, or passes on to `rest`."""
-    open_ = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-    valid = _names(function) + (_names(rest) if rest is not None and open_ else [])
+    valid = _names(function) + (_names(rest) if rest is not None and _passes_on(function) else [])
     return {name: value for name, value in given.items() if name in valid}
 
 
@@ -262,6 +308,11 @@ def _row(method: str) -> Method:
 def _function(place: str) -> Callable[..., Any]:
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
+
+
+def _passes_on(function: Callable[..., Any]) -> bool:
+    """Whether it takes any keyword, which it hands to `train.fit`."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 def _names(function: Callable[..., Any]) -> list[str]:

@@ -11,6 +11,7 @@ from tdlib.train.stages import (
     accuracies,
     fit_selected,
     recalibrated,
+    rehearse,
     require_finished,
     stage,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "inference",
     "learning_rate",
     "recalibrated",
+    "rehearse",
     "require_finished",
     "stage",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.data import Bundle
+from tdlib.train.checkpoint import described
 
 
 @dataclass
@@ -35,6 +36,12 @@ class Context:
 
 class Hook:
     """Does nothing; override. A resumed run calls ``on_start`` and then ``load_state_dict``."""
+
+    def identity(self) -> str:
+        """What tells this hook from another in a checkpoint's identity, asked before training starts. By
+        default the class and all attributes; override where some of them decide nothing.
+        """
+        return type(self).__qualname__ + described(vars(self))
 
     def on_start(self, ctx: Context) -> None:
         """Before the first epoch, model on its device."""

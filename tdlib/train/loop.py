@@ -14,10 +14,11 @@ from torch import nn
 
 from tdlib.data import Augment, Bundle
 from tdlib.errors import TdlibError
-from tdlib.network import attach, provenance
+from tdlib.network import attach, fingerprint, provenance
 from tdlib.train import checkpoint as store
 from tdlib.train.engine import Engine, Progress, make_optimizer
 from tdlib.train.hooks import Context, Hook
+from tdlib.train.interrupt import Signals
 from tdlib.train.run import History, Run
 from tdlib.train.schedule import check_schedule, learning_rate
 
@@ -51,6 +52,7 @@ def fit(
     progress: bool = True,
     validate: bool = True,
     clip_norm: float | None = None,
+    origin: str | None = None,
 ) -> History:
     """Train ``model`` in place on ``data.train``; each epoch is measured on ``data.val`` (never on the test
     set). The model stays on the device that it was trained on and remembers what its inputs were
@@ -59,26 +61,32 @@ def fit(
     batch_size: over all processes together. Batches that do not fill up at the end of an epoch are left out
     (other images each epoch). schedule: see ``learning_rate``. label_smoothing applies to the training loss.
     checkpoint: a directory; written after every epoch, every ``checkpoint_steps`` steps and when
-    ``max_minutes`` are over. Called again with the same arguments, ``fit`` continues there, or loads the
-    trained weights and returns at once if the run was finished. On a CPU the result is the same to the bit as
-    without interruption.
+    ``max_minutes`` are over. Called again with the same arguments and the same starting weights (or those
+    that the stopped run left in the model), ``fit`` continues there, or loads the trained weights and returns
+    at once if the run was finished. On a CPU the result is the same to the bit as without interruption. A
+    directory of another run (weights, data, hooks, any argument that decides the result) is refused and left
+    as it is. Ctrl-C and SIGTERM end at a checkpoint there (in one process, in the main thread).
+    origin: fingerprint of what the starting weights were made from, where they themselves may differ in the
+    last bits on another machine; default their own.
     device: default the GPU where there is one. precision: "no" (float32) or "bf16" (autocast).
     compile: torch.compile the forward pass. The global random state is left as it was.
 
     Raises NonFiniteError (loss NaN or infinite; the checkpoint before it is kept), CheckpointError,
-    DataError (images without labels), UnknownName, TdlibError (also where accelerate is missing).
+    DataError (images without labels), UnknownName, TdlibError (also where accelerate is missing),
+    Interrupted.
     """
     identity_of = {key: value for key, value in locals().items() if key not in _NOT_IDENTITY}
     _check(epochs, lr, batch_size, label_smoothing, checkpoint_steps, max_minutes, data)
     check_schedule(schedule, step_epochs, warmup_epochs, epochs)
-    directory = store.prepare(checkpoint) if checkpoint is not None else None
     identity = {key: repr(value) for key, value in identity_of.items()}
-    identity |= {
-        "augment": repr(data.resolve(augment)),
-        "hooks": repr([type(hook).__name__ for hook in hooks]),
-    }
-    identity |= {"model": store.structure(model), "data": data.fingerprint[:16]} if directory else {}
-    saved = store.read(directory, identity) if directory else None
+    identity["augment"] = repr(data.resolve(augment))
+    identity["hooks"] = repr([hook.identity() for hook in hooks])
+    directory, saved = None if checkpoint is None else Path(checkpoint), None
+    if directory is not None:
+        identity |= {"model": store.structure(model), "weights": (origin or fingerprint(model))[:16]}
+        identity["data"] = data.fingerprint[:16]
+        saved = store.read(directory, identity, None if origin else model)
+        store.prepare(directory, model)
 
     about = provenance(model)
     about.inputs = data.description
@@ -93,7 +101,10 @@ def fit(
     for hook in hooks:
         hook.on_start(ctx)
     history = History(ctx.rows)
-    run = Run(engine, ctx, tuple(hooks), history, directory, identity, checkpoint_steps, max_minutes)
+    signals = Signals(directory is not None and engine.world == 1)
+    run = Run(
+        engine, ctx, tuple(hooks), history, directory, identity, checkpoint_steps, max_minutes, signals
+    )
     run.restore(saved)
     if history.finished:
         return history
@@ -102,7 +113,7 @@ def fit(
         step_gamma=step_gamma, warmup_epochs=warmup_epochs,
     )  # fmt: skip
     bar = Progress(progress and engine.main, epochs * ctx.steps, ctx.epoch * ctx.steps + ctx.step)
-    with engine.running(), bar:
+    with engine.running(), bar, signals:
         while ctx.epoch < epochs and not ctx.stop:
             batches = data.batches(
                 "train", batch_size, device=engine.device, seed=seed, epoch=ctx.epoch, augment=augment,
@@ -116,17 +127,17 @@ def fit(
                 if ctx.step < ctx.steps and run.pause():
                     return history
             run.end_epoch(validate, max(batch_size, 256), bar)
-            if run.out_of_time() and ctx.epoch < epochs and not ctx.stop:
-                return history
-    history.finished = True
-    run.save()
+            if ctx.epoch < epochs and not ctx.stop:
+                run.heed()
+                if run.out_of_time():
+                    return history
+        history.finished = True
+        run.save()
+        run.heed()
     return history
 
 
-_NOT_IDENTITY = {
-    "model", "data", "hooks", "augment", "checkpoint", "checkpoint_steps", "max_minutes", "device", "compile",
-    "progress", "channels_last",
-}  # fmt: skip
+_NOT_IDENTITY = {"model", "data", "hooks", "augment", *store.FREE}  # the first four are named otherwise
 
 
 def _check(

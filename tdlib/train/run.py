@@ -16,6 +16,7 @@ from tdlib.train import checkpoint as store
 from tdlib.train.engine import Engine, Progress, stream_seed
 from tdlib.train.evaluation import add, metrics, new_totals, sums
 from tdlib.train.hooks import Context, Hook
+from tdlib.train.interrupt import Signals
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Run:
     identity: dict[str, str]
     every: int | None
     minutes: float | None
+    signals: Signals
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -111,12 +113,21 @@ class Run:
             )
 
     def pause(self) -> bool:
-        """Write a checkpoint in the middle of an epoch where one is due; True where the time is over."""
+        """Write a checkpoint in the middle of an epoch where one is due; True where the time is over.
+        Raises Interrupted.
+        """
         over = self.engine.world == 1 and self.out_of_time()
-        if over or (self.every is not None and self.ctx.step % self.every == 0):
+        due = self.every is not None and self.ctx.step % self.every == 0
+        if over or due or self.signals.caught is not None:
             self.check_finite()
             self.save()
+        self.heed()
         return over
+
+    def heed(self) -> None:
+        """Raises Interrupted where a signal came; the checkpoint is written."""
+        ctx = self.ctx
+        self.signals.heed(f"at epoch {ctx.epoch}, step {ctx.step} (both from 0), kept in {self.directory}")
 
     def out_of_time(self) -> bool:
         """Whether ``max_minutes`` are over (the main process decides for all)."""

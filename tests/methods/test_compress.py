@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from torch import nn
 
 import tdlib
 from tdlib import methods
-from tdlib.errors import BudgetError, DataError, TdlibError, UnknownName
+from tdlib.errors import BudgetError, CheckpointError, DataError, TdlibError, UnknownName
 from tdlib.methods.registry import METHODS
 from tdlib.planning import Plan
 from tdlib.train.run import Run
 
-QUICK = {"device": "cpu", "progress": False, "batch_size": 64}
+ALONE = {"device": "cpu", "progress": False}
+QUICK = {**ALONE, "batch_size": 64}
 # What makes a method quick, and the test accuracy that it has to reach at a ratio of 2 all the same.
 SETTINGS = {
     "direct": ({"finetune_epochs": 2}, 90),
@@ -48,13 +50,14 @@ def test_every_method_meets_its_ratio_keeps_accuracy_and_leaves_the_model_alone(
             tdlib.compress(trained, method, digits, ratio=2.0, by=by, **QUICK)
         return
     hyper, least = SETTINGS.get(method, ({}, 0))
+    hyper = {**hyper, **(ALONE if method == "distribution-aware" else QUICK)}
     model = copy.deepcopy(trained)
     model.eval().bn1.train()
     model.note = "mine"
     before, modes = state(model), [m.training for m in model.modules()]
     attributes, about = set(vars(model)), copy.deepcopy(tdlib.provenance(model))
 
-    small = tdlib.compress(model, method, digits, ratio=2.0, by=by, **hyper, **QUICK)
+    small = tdlib.compress(model, method, digits, ratio=2.0, by=by, **hyper)
 
     assert equal(state(model), before) and [m.training for m in model.modules()] == modes
     assert set(vars(model)) == attributes and tdlib.provenance(model) == about
@@ -139,6 +142,51 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         assert first == second
 
 
+RUNS = {
+    "direct": {"finetune_epochs": 1},
+    "admm": {"epochs": 1, "rho": 0.1, "finetune_epochs": 1},
+    "iterative": {"stage_epochs": 1, "rule": "nx"},
+    "rstd": {"epochs": 1},
+}
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_a_checkpoint_folder_belongs_to_one_run(method, trained, digits, tmp_path, monkeypatch) -> None:
+    def run(model=trained, method=method, data=digits, **changes: object) -> nn.Module:
+        given = {"ratio": 2.0, **RUNS[method], **QUICK, "batch_size": 256, "checkpoint": tmp_path, **changes}
+        return tdlib.compress(model, method, data, **given)
+
+    first = run()
+    before = contents(tmp_path)
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        other.conv4.weight[0, 0, 0, 0] += 1e-6
+    foreign = {
+        "weights": {"model": other},
+        "data": {"data": dataclasses.replace(digits, test=digits.val)},
+        "method": {"method": "admm" if method == "direct" else "direct"},
+        "ratio": {"ratio": 2.5},
+        "skip": {"skip": ["conv2"]},
+        "seed": {"seed": 1},
+        "momentum": {"momentum": 0.8},
+        "format": {"format": "cp"},
+    }
+    with monkeypatch.context() as patch:
+        for place in ("tdlib.train.fit", "tdlib.methods.registry.accuracies", "tdlib.methods.registry.plan"):
+            patch.setattr(place, lambda *_, **__: pytest.fail("work was done"))
+        patch.setattr(Run, "step", lambda *_: pytest.fail("trained"))
+        for name, changes in foreign.items():
+            with pytest.raises(CheckpointError, match=rf"another run: it differs in .*{name} \("):
+                run(**changes)
+            assert contents(tmp_path) == before
+    again = run(max_minutes=100)
+    assert equal(state(first), state(again))
+
+
 def test_the_table_has_a_row_for_every_method() -> None:
     table = methods.available()
     assert list(table.index) == list(METHODS)
@@ -179,11 +227,38 @@ def test_hyperparameters_are_those_of_method_planner_and_training(method, names)
         ("iterative", {"ratio": None, "ranks": {"conv3": (4, 4)}}, TdlibError, "takes no ranks"),
         ("rstd", {"options": {"order": 2}}, TdlibError, "takes no options"),
         ("rstd", {"format": "svd"}, UnknownName, "tucker"),
+        ("direct", {"ratio": float("nan")}, BudgetError, "larger than 1, got nan"),
+        ("direct", {"ratio": float("inf")}, BudgetError, "larger than 1, got inf"),
+        ("admm", {"ratio": 1}, BudgetError, "larger than 1, got 1"),
+        ("direct", {"ratio": "2"}, TdlibError, "ratio must be a number or None, got '2'"),
+        ("direct", {"ratio": None, "ranks": {"conv3": (4, 4)}, "rule": "energy"}, TdlibError, "rule"),
+        ("direct", {"options": 5}, TdlibError, "options must be a table"),
+        ("direct", {"seed": "a"}, TdlibError, "seed must be a whole number"),
+        ("direct", {"multiple": 2.5}, TdlibError, "multiple must be a whole number"),
+        ("distribution-aware", {"sequential": "maybe"}, TdlibError, "sequential must be True or False"),
+        ("direct", {"finetune_lr": 0.1}, TdlibError, "finetune_lr would be ignored"),
+        ("direct", {"batch_size": 8, "checkpoint": "c"}, TdlibError, "batch_size, checkpoint would be"),
+        ("distribution-aware", {"momentum": 0.5}, TdlibError, "momentum would be ignored"),
+        ("direct", {"finetune_epochs": -1}, TdlibError, "finetune_epochs"),
+        ("direct", {"finetune_epochs": 1, "finetune_lr": float("nan")}, TdlibError, "finetune_lr"),
+        ("direct", {"finetune_epochs": 1, "warmup_epochs": 1.0}, TdlibError, "warmup"),
+        ("direct", {"finetune_epochs": 1, "precision": "fp8"}, UnknownName, "bf16"),
     ],
 )
-def test_what_cannot_be_is_named_before_anything_runs(trained, digits, method, hyper, error, message) -> None:
-    with pytest.raises(error, match=message):
+def test_what_cannot_be_is_named_before_anything_runs(
+    trained, digits, method, hyper, error, message, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(error, match=message):
+        patch.setattr("tdlib.formats.replace.install", lambda *_: pytest.fail("decomposed"))
         tdlib.compress(trained, method, digits, **{"ratio": 2.0, "progress": False, **hyper})
+
+
+def test_ranks_come_in_multiples(trained, digits) -> None:
+    for method in ("direct", "distribution-aware"):
+        small = tdlib.compress(trained, method, digits, ratio=1.5, multiple=4, progress=False)
+        layers = tdlib.provenance(small).layers
+        assert layers and all(rank % 4 == 0 for layer in layers.values() for rank in layer.ranks)
+        assert tdlib.provenance(small).report["settings"]["multiple"] == 4
 
 
 @pytest.mark.parametrize(("method", "hyper"), [("admm", {}), ("direct", {"finetune_epochs": 1})])

@@ -216,9 +216,10 @@ def test_statistics_of_other_data_can_be_used(trained, digits, tmp_path):
     found = tdlib.statistics(trained, inputs)
     found.save(tmp_path / "other.safetensors")
     settings = {"ratio": 2, "samples": 200, "progress": False}
-    small = tdlib.compress(
-        trained, "distribution-aware", digits, statistics=str(tmp_path / "other.safetensors"), **settings
-    )
+    with pytest.warns(UserWarning, match="not fitted in sequence"):
+        small = tdlib.compress(
+            trained, "distribution-aware", digits, statistics=str(tmp_path / "other.safetensors"), **settings
+        )
     report = tdlib.provenance(small).report
     assert report["settings"]["sequential"] is False and report["before"]["test"] > 50
     assert {row["layer"] for row in report["history"]["layers"]} == set(report["plan"]["layers"])
@@ -230,6 +231,21 @@ def test_statistics_of_other_data_can_be_used(trained, digits, tmp_path):
     assert same_weights(small, tdlib.decompose(trained, plan, both))
     with pytest.raises(CheckpointError):
         tdlib.compress(trained, "distribution-aware", digits, statistics="nowhere.safetensors", **settings)
+
+
+@pytest.mark.parametrize("asked", [{"sequential": True}, {"samples": 200, "weigh_outputs": False}])
+def test_what_statistics_exclude_is_refused(trained, digits, asked):
+    found = tdlib.statistics(trained, [x for x, _ in digits.batches("train", 200)])
+    with pytest.raises(TdlibError, match=f"{next(iter(asked))} and statistics exclude one another"):
+        tdlib.compress(
+            trained, "distribution-aware", digits, ratio=2, statistics=found, progress=False, **asked
+        )
+
+
+def test_a_ratio_that_cannot_be_reached_is_named_before_anything_is_measured(trained, digits, monkeypatch):
+    monkeypatch.setattr("tdlib.calibration.statistics", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(BudgetError, match="best reachable"):
+        tdlib.compress(trained, "distribution-aware", digits, ratio=1e4, progress=False)
 
 
 def test_explicit_ranks(trained, digits):

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -12,7 +13,7 @@ import torch
 from train_helpers import Counting, long_run, one_of_two, tiny_bundle, tiny_model, two_process_run
 
 from tdlib import train
-from tdlib.errors import CheckpointError
+from tdlib.errors import CheckpointError, Interrupted
 from tdlib.train import checkpoint as store
 
 KILLS = 10
@@ -87,7 +88,7 @@ def _fit(net, directory, hooks=(), **changes):
 def test_finished_run_returns_at_once_with_its_weights(tmp_path):
     net, hook = tiny_model(), Counting()
     first = _fit(net, tmp_path, [hook])
-    other, again = tiny_model(seed=5), Counting()
+    other, again = tiny_model(), Counting()
     second = _fit(other, tmp_path, [again])
     assert second.finished and second.rows == first.rows
     assert "penalty" not in again.calls and again.count == hook.count
@@ -147,6 +148,95 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, changes, named):
     _fit(tiny_model(), tmp_path)
     with pytest.raises(CheckpointError, match=f"another run.*{named}"):
         _fit(tiny_model(), tmp_path, **changes)
+
+
+class Weighted(train.Hook):
+    def __init__(self, strength, layers=()):
+        self.strength, self.layers = strength, layers
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"seed": 5}, "weights"),
+        ({"hooks": [Weighted(2.0, ["conv1"])]}, "hooks"),
+        ({"hooks": [Weighted(1.0, ["conv2"])]}, "hooks"),
+        ({"hooks": [train.EarlyStopping(3)]}, "hooks"),
+        ({"origin": "another"}, "weights"),
+    ],
+)
+def test_other_weights_or_hook_settings_are_another_run_whose_folder_stays_as_it_is(tmp_path, changes, named):
+    def run(seed=0, hooks=(), **more):
+        return _fit(tiny_model(seed=seed), tmp_path, hooks or [Weighted(1.0, ["conv1"])], epochs=1, **more)
+
+    run()
+    (tmp_path / f".{store.NAME}.99").write_bytes(b"the draft of another process")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=rf"another run: it differs in {named} \("):
+        run(**changes)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert run().finished
+
+
+def test_weights_that_differ_in_the_last_bits_continue_under_the_same_origin(tmp_path):
+    first, second = tiny_model(), tiny_model()
+    with torch.no_grad():
+        second.conv1.weight.mul_(1 + 1e-7)
+    _fit(first, tmp_path, origin="the same")
+    assert _fit(second, tmp_path, origin="the same").finished
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
+
+
+class Raising(train.Hook):
+    """Sends this process a signal after a number of steps."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def identity(self):
+        return "Raising"
+
+    def after_step(self, ctx):
+        if self.number and 3 * ctx.epoch + ctx.step == self.step:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [0, 2, 4, 8])  # the first, the last of an epoch, in the middle, the last
+def test_ctrl_c_and_sigterm_end_at_a_checkpoint_and_the_same_run_goes_on(tmp_path, number, step):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    said = rf"{number.name} at epoch {(step + 1) // 3}, step .*same again"
+    with pytest.raises(Interrupted, match=said) as caught:
+        _fit(tiny_model(), tmp_path, [Raising(number, step)])
+    assert caught.value.signal == number and isinstance(caught.value, KeyboardInterrupt)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    state = store.read(tmp_path)
+    assert 3 * state["epoch"] + state["step"] == step + 1 and state["finished"] == (step == 8)
+    whole, again = tiny_model(), tiny_model()
+    _fit(whole, None, [Raising(None, 0)])
+    assert _fit(again, tmp_path, [Raising(None, 0)]).finished
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_without_a_checkpoint_ctrl_c_is_pythons_own():
+    with pytest.raises(KeyboardInterrupt) as caught:
+        _fit(tiny_model(), None, [Raising(signal.SIGINT, 1)])
+    assert not isinstance(caught.value, Interrupted)
+
+
+def test_a_signal_that_is_ignored_outside_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert _fit(tiny_model(), tmp_path, [Raising(signal.SIGINT, 1)]).finished
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_too_little_disk_is_said_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match=r"0 MB free.*need"):
+        _fit(tiny_model(), tmp_path)
 
 
 def test_checkpoint_of_another_model_or_data_is_refused(tmp_path):

@@ -78,6 +78,9 @@ class Slow(Counting):
         super().__init__()
         self.pipe, self.delay = pipe, delay
 
+    def identity(self) -> str:
+        return "Slow"  # neither decides anything
+
     def after_step(self, ctx: train.Context) -> None:
         if "after_step" not in self.calls:
             self.pipe.send("training")

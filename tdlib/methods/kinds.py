@@ -1,0 +1,34 @@
+"""Whether arguments are of the kind that their annotations say: booleans, numbers, text, tables."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from tdlib.errors import TdlibError
+
+KINDS: dict[str, tuple[type, str]] = {
+    "bool": (bool, "True or False"), "int": (Integral, "a whole number"), "float": (Real, "a number"),
+    "str": (str, "text"), "None": (type(None), "None"), "Path": (object, "a path"),
+    "Mapping[str, Any]": (Mapping, "a table (dict)"), "Sequence[str]": (Sequence, "a list of names"),
+    "Mapping[str, Sequence[int]]": (Mapping, "a table (dict)"),
+}  # fmt: skip
+
+
+def check_kinds(functions: Iterable[Callable[..., Any]], given: Mapping[str, Any]) -> None:
+    """Raises TdlibError for a value that is not of the kind that the functions' annotations say."""
+    for function in functions:
+        for parameter in inspect.signature(function).parameters.values():
+            names = [part.strip() for part in str(parameter.annotation).split("|")]
+            if parameter.name in given and all(name in KINDS for name in names):
+                value = given[parameter.name]
+                if not any(_is(value, name) for name in names):
+                    wanted = " or ".join(KINDS[name][1] for name in names)
+                    raise TdlibError(f"{parameter.name} must be {wanted}, got {value!r}")
+
+
+def _is(value: Any, name: str) -> bool:
+    kind = KINDS[name][0]
+    return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
