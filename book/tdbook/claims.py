@@ -1,25 +1,27 @@
-"""The ledger of the papers' claims and the verdicts that follow from the records.
+"""The ledger of the papers' claims, `book/claims.yml`: what is claimed, which records test it, by which rule.
 
-`book/claims.yml` says, for every claim, what the paper reports, which records test it, how they become one
-number and from which value on the claim counts as reproduced. Verdicts are computed here, never typed:
-reproduced, partly, not reproduced, not run yet.
+The file's head explains its keys. Verdicts are computed by `tdbook.verdicts`, never typed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import pandas as pd
 import yaml
 from pydantic import Field, model_validator
 
-from tdbook import papers, tables
+from tdbook import papers
+from tdbook.former import Former
 from tdbook.paths import BOOK
 from tdbook.schema import Strict, Text, validate
 from tdlib.errors import DataError
+
+#: Parameters that a claim has to fix (None: it has none), so that records of different settings never mix.
+SETTING = ("dataset", "model", "format", "ratio", "by", "profile")
+
+Conditions = dict[str, Any]
 
 
 class Reported(Strict):
@@ -33,59 +35,122 @@ class Reported(Strict):
 
 
 class Source(Strict):
-    """Which records test a claim: those of a chapter whose parameters meet `where`; `versus` changes some."""
+    """Which records test a claim: those of a chapter whose parameters meet `where` and, where there is a list
+    of settings, one of `each`; `versus` changes some for the side that they are compared with."""
 
     chapter: Text
-    where: Annotated[dict[str, Any], Field(min_length=1)]
-    versus: Annotated[dict[str, Any], Field(min_length=1)] | None = None
+    where: Annotated[Conditions, Field(min_length=1)]
+    each: list[Conditions] = Field(default_factory=lambda: [Conditions()], min_length=1)
+    versus: Conditions | None = None
+
+    @property
+    def settings(self) -> list[Conditions]:
+        """Every setting that is judged by itself."""
+        return [self.where | one for one in self.each]
 
 
 class Measure(Strict):
-    """How records become one number per seed; the kinds are explained at the top of the ledger."""
+    """How the records of one setting become a number per seed; the ledger's head explains the keys."""
 
-    kind: Literal["value", "margin", "paired", "spread"]
-    metric: Text
+    metric: Text | Annotated[list[Text], Field(min_length=2)]
     minus: Text | None = None
-    per: list[Text] = Field(default_factory=list)
     over: Text | None = None
+    equal: list[Text] = Field(default_factory=list)
+    beside: Text | None = None
+    unit: Text = "points"
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those of which the best counts."""
+        return [self.metric] if isinstance(self.metric, str) else self.metric
+
+
+class Condition(Strict):
+    """What must hold before the claim is judged: `measure` of the records that `of` changes the claim's to,
+    against those of `versus`, is at least `least` by its whole interval. text: the condition in words."""
+
+    text: Text
+    measure: Measure
+    least: float
+    of: Conditions = Field(default_factory=dict)
+    versus: Conditions | None = None
 
 
 class Rule(Strict):
-    """The smallest mean over seeds for either verdict; with fewer seeds it is at best "partly"."""
+    """From where on the interval has to lie for either verdict."""
 
     reproduced: float
     partly: float
-    seeds: Annotated[int, Field(ge=1)]
+
+
+class Amendment(Strict):
+    """On this day, for this reason, the rule `was` gave way to the one that follows it."""
+
+    date: date
+    reason: Text
+    was: Former
 
 
 class Claim(Strict):
-    """One row of the ledger."""
+    """One entry of the ledger. headline: of the paper's title or abstract. Without a paper it is the book's
+    own. since: the day of the present rule."""
 
     id: Annotated[str, Field(pattern="^[a-z0-9-]+$")]
-    paper: Text
+    paper: Text | None = None
+    headline: bool = False
     claim: Text
-    reported: Reported
+    reported: Reported | None = None
+    since: date
     records: Source
     measure: Measure
+    provided: list[Condition] = Field(default_factory=list)
     rule: Rule
+    amendments: list[Amendment] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _consistent(self) -> Claim:
-        kind, reported = self.measure.kind, self.reported
-        wanted = {"margin": "minus", "spread": "over"}.get(kind)
-        without_figure = reported.text is None and None in (reported.value, reported.unit)
-        problems = {
-            f"paper {self.paper!r} is none of {papers.available()}": self.paper not in papers.available(),
-            f"measure {kind} needs {wanted}": wanted is not None and getattr(self.measure, wanted) is None,
-            f"measure {kind} needs records.versus": kind in ("paired", "spread") and not self.records.versus,
-            "reported needs value and unit, or text": without_figure,
-            "a figure marked V or V-calc needs its source": reported.mark != "M" and reported.source is None,
-            "partly must not ask for more than reproduced": self.rule.partly > self.rule.reproduced,
-        }
-        for text, wrong in problems.items():
+        for text, wrong in {**_of_the_paper(self), **_of_the_rule(self), **_of_the_settings(self)}.items():
             if wrong:
                 raise ValueError(f"claim {self.id}: {text}")
         return self
+
+
+def _of_the_paper(claim: Claim) -> dict[str, bool]:
+    known, reported = papers.available(), claim.reported
+    if reported is None:
+        return {"a paper's claim needs what it reported": claim.paper is not None}
+    return {
+        f"paper {claim.paper!r} is none of {known}": claim.paper not in known,
+        "reported needs value and unit, or text": reported.text is None
+        and None in (reported.value, reported.unit),
+        "a figure marked V or V-calc needs its source": reported.mark != "M" and reported.source is None,
+    }
+
+
+def _of_the_rule(claim: Claim) -> dict[str, bool]:
+    measure, dates = claim.measure, [amendment.date for amendment in claim.amendments]
+    compared = (claim.records.versus is not None) + (measure.minus is not None)
+    return {
+        "partly must not ask for more than reproduced": claim.rule.partly > claim.rule.reproduced,
+        "compare with versus or with minus, not with both": compared == 2,
+        "the range over a parameter needs records.versus": measure.over is not None
+        and claim.records.versus is None,
+        "amendments go from the first to the last, which is the day of the present rule": dates
+        != sorted(dates)
+        or claim.since != (dates or [claim.since])[-1],
+    }
+
+
+def _of_the_settings(claim: Claim) -> dict[str, bool]:
+    found: dict[str, bool] = {}
+    for one in claim.records.settings:
+        open_ = [name for name in SETTING if name not in one]
+        several = [n for n, v in one.items() if isinstance(v, list) != (n == claim.measure.over)]
+        found[f"the setting must fix {', '.join(open_)}"] = bool(open_)
+        found[f"{', '.join(several)}: one value each, a list for the measure's `over` alone"] = bool(several)
+        paper_scale = claim.paper is None or one.get("profile") == "full"
+        found["a paper's claim is judged at profile full"] = not paper_scale
+    return found
 
 
 class Ledger(Strict):
@@ -102,18 +167,6 @@ class Ledger(Strict):
         return self
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the records say about one claim: mean and sd over `seeds` seeds, `count` measurements."""
-
-    claim: Claim
-    verdict: str
-    mean: float | None
-    sd: float | None
-    seeds: int
-    count: int
-
-
 def load_claims(path: str | Path = BOOK / "claims.yml") -> list[Claim]:
     """Read and check the ledger. Raises DataError naming the claim and what is wrong with it."""
     try:
@@ -123,121 +176,3 @@ def load_claims(path: str | Path = BOOK / "claims.yml") -> list[Claim]:
     except yaml.YAMLError as problem:
         raise DataError(f"{path} is not YAML: {problem}") from problem
     return validate(Ledger, ledger, str(path)).claims
-
-
-def judge(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Verdict:
-    """The verdict on one claim from records, each a mapping with `chapter`, `parameters` and `metrics`."""
-    spec, rule = claim.records, claim.rule
-    mine = [r for r in records if r["chapter"] == spec.chapter]
-    ours = _table(mine, spec.where)
-    theirs = _table(mine, spec.where | spec.versus) if spec.versus else ours.iloc[:0]
-    measured = _MEASURES[claim.measure.kind](ours, theirs, claim.measure)
-    if measured.empty:
-        return Verdict(claim, "not run yet", None, None, 0, 0)
-    per_seed = measured.groupby("seed")["value"].mean()
-    mean, seeds = float(per_seed.mean()), len(per_seed)
-    sd = float(per_seed.std(ddof=1)) if seeds > 1 else None
-    verdict = "not reproduced"
-    if mean >= rule.partly:
-        verdict = "partly"
-    if mean >= rule.reproduced and seeds >= rule.seeds:
-        verdict = "reproduced"
-    return Verdict(claim, verdict, mean, sd, seeds, len(measured))
-
-
-def judge_all(claims: Sequence[Claim], records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """Verdicts in the ledger's order."""
-    return [judge(claim, records) for claim in claims]
-
-
-def status_markdown(verdicts: Sequence[Verdict]) -> str:
-    """The table "Reproduction status" as markdown."""
-    rows = []
-    for v in verdicts:
-        paper = papers.load(v.claim.paper)
-        rows.append({
-            "Paper": f"{paper.authors.split(',')[0]} et al., {paper.venue}",
-            "Claim": v.claim.claim,
-            "Reported": _reported(v.claim.reported),
-            "Measured here": _measured(v),
-            "Verdict": f"**{v.verdict}**",
-        })  # fmt: skip
-    return tables.markdown(rows)
-
-
-def _reported(reported: Reported) -> str:
-    mark = papers.MARKS[reported.mark]
-    if reported.value is not None:
-        return f"{reported.value:+g} {reported.unit}{mark}"
-    return f"{reported.text}{mark.replace(' reported', ', reported')}"
-
-
-def _measured(v: Verdict) -> str:
-    if v.mean is None:
-        return "–"
-    plain = v.claim.measure.kind == "value"
-    unit = v.claim.reported.unit or ("×" if plain else "points")
-    sign = "" if plain else "+"
-    spread = "" if v.sd is None else f" ± {v.sd:.2f}"
-    few = f" of {v.claim.rule.seeds}" if v.seeds < v.claim.rule.seeds else ""
-    return f"{v.mean:{sign}.2f}{spread} {unit} ({v.seeds}{few} seed{'s' if v.seeds > 1 or few else ''})"
-
-
-def _table(records: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> pd.DataFrame:
-    """Records that meet `where`, one row each: parameters, and metrics as `metric:NAME`."""
-    rows = [
-        {"seed": 0, **r["parameters"], **{f"metric:{name}": value for name, value in r["metrics"].items()}}
-        for r in records
-        if all(_meets(r["parameters"].get(name), wanted) for name, wanted in where.items())
-    ]
-    return pd.DataFrame(rows) if rows else pd.DataFrame({"seed": []})
-
-
-def _meets(value: Any, wanted: Any) -> bool:
-    return value in wanted if isinstance(wanted, list) else value == wanted
-
-
-def _columns(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    return frame.dropna(subset=list(names)) if set(names) <= set(frame.columns) else frame.iloc[:0]
-
-
-def _value(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> pd.DataFrame:
-    metric = f"metric:{measure.metric}"
-    return _columns(ours, [metric]).assign(value=lambda t: t.get(metric))
-
-
-def _margin(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> pd.DataFrame:
-    metric, minus = f"metric:{measure.metric}", f"metric:{measure.minus}"
-    found = _columns(ours, [metric, minus])
-    return found.assign(value=found[metric] - found[minus]) if len(found) else found
-
-
-def _paired(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> pd.DataFrame:
-    metric, keys = f"metric:{measure.metric}", ["seed", *measure.per]
-    a, b = _columns(ours, [metric, *keys]), _columns(theirs, [metric, *keys])
-    if a.empty or b.empty:
-        return a.iloc[:0]
-    means = {side: frame.groupby(keys)[metric].mean() for side, frame in (("a", a), ("b", b))}
-    pair = pd.concat(means, axis=1).dropna()
-    return (pair["a"] - pair["b"]).rename("value").reset_index()
-
-
-def _spread(ours: pd.DataFrame, theirs: pd.DataFrame, measure: Measure) -> pd.DataFrame:
-    """Range over the values of `over` at which both sides were run; a single value measures nothing."""
-    metric, over = f"metric:{measure.metric}", str(measure.over)
-    a, b = _columns(ours, [metric, over]), _columns(theirs, [metric, over])
-    if a.empty or b.empty:
-        return a.iloc[:0]
-    means = {side: frame.groupby(["seed", over])[metric].mean() for side, frame in (("a", a), ("b", b))}
-    both = pd.concat(means, axis=1).dropna()
-    grouped = both.groupby("seed").filter(lambda t: len(t) > 1).groupby("seed")
-    extent = grouped.max() - grouped.min()
-    return (extent["b"] - extent["a"]).rename("value").reset_index()
-
-
-_MEASURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, Measure], pd.DataFrame]] = {
-    "value": _value,
-    "margin": _margin,
-    "paired": _paired,
-    "spread": _spread,
-}

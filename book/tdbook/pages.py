@@ -11,17 +11,19 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import yaml
 
-from tdbook import claims, imagenet_cost, reference, tables
+from tdbook import imagenet_cost, reference, status, tables
+from tdbook.claims import load_claims
 from tdbook.figures import benchmarks as figure
 from tdbook.paths import BOOK, BUILD, NOTEBOOKS, RESULTS, ROOT
-from tdbook.records import read_record
+from tdbook.records import SCHEMA_VERSION, read_record
+from tdbook.verdicts import Verdict, judge_all
 
 SRC = BUILD / "src"
 REPOSITORY = "https://github.com/tdlib/tdlib"
@@ -33,14 +35,27 @@ def saved_records() -> list[tuple[Path, dict[str, Any]]]:
     return [(path, read_record(path)) for path in sorted(RESULTS.rglob("*.json"))]
 
 
-def verdicts() -> list[claims.Verdict]:
+def is_old(record: Mapping[str, Any]) -> bool:
+    """Whether it lacks what a record has to say by now (starting weights, splits, settings): such a one is
+    shown apart and feeds no verdict."""
+    return bool(record["schema"] < SCHEMA_VERSION)
+
+
+def verdicts() -> list[Verdict]:
     """The verdict on every claim of ``book/claims.yml``, computed from the committed records."""
-    return claims.judge_all(claims.load_claims(), [record for _, record in saved_records()])
+    found = [record for _, record in saved_records()]
+    old = [record for record in found if is_old(record)]
+    return judge_all(load_claims(), [record for record in found if not is_old(record)], old)
 
 
-def status() -> str:
-    """The table "Reproduction status", all claims."""
-    return claims.status_markdown(verdicts())
+def status_tables() -> str:
+    """The tables "Reproduction status": all claims."""
+    return status.markdown(verdicts())
+
+
+def amendments() -> str:
+    """Rules of the ledger that were changed."""
+    return status.amendments(verdicts())
 
 
 #: What a record's row shows: heading -> keys looked up in parameters, then metrics.
@@ -77,10 +92,19 @@ def _without_empty(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def records() -> str:
-    """Every committed record: a table per chapter, and what its scale and device mean."""
+    """Every committed record: a table per chapter, and what its scale and device mean; the old ones apart."""
     found = saved_records()
     if not found:
         return "*No record is committed yet.*"
+    new = _chapters([pair for pair in found if not is_old(pair[1])])
+    old = _chapters([pair for pair in found if is_old(pair[1])], level="###")
+    if old:
+        text = "They lack starting weights, settings or sizes of the splits, and feed no verdict."
+        old = ["## Older records", text, *old]
+    return "\n\n".join([*new, *old])
+
+
+def _chapters(found: list[tuple[Path, dict[str, Any]]], level: str = "##") -> list[str]:
     parts, chapters = [], dict.fromkeys(record["chapter"] for _, record in found)
     for chapter in chapters:
         rows: list[dict[str, Any]] = []
@@ -93,11 +117,11 @@ def records() -> str:
         rows.sort(
             key=lambda row: tuple(str(row[k]) for k in ("data", "network", "format", "of", "ratio", "method"))
         )
-        parts.append(f"## {chapter}\n\n{tables.markdown(_without_empty(rows))}")
+        parts.append(f"{level} {chapter}\n\n{tables.markdown(_without_empty(rows))}")
         explained = [scale for scale in scales if ":" in scale]
         parts += ["\n".join(f"- *{scale}*" for scale in explained)] if explained else []
         parts.append(f"Run on: {', '.join(devices)}.")
-    return "\n\n".join(parts)
+    return parts
 
 
 def queue() -> str:
@@ -170,7 +194,8 @@ def _benchmark_row(row: dict[str, Any]) -> dict[str, Any]:
 
 #: Generated pieces: path in the staged ``book`` folder -> function that gives its markdown.
 GENERATED: dict[str, Callable[[], str]] = {
-    "_generated/status.md": status,
+    "_generated/status.md": status_tables,
+    "_generated/amendments.md": amendments,
     "_generated/map.md": chapter_map,
     "_generated/records.md": records,
     "_generated/queue.md": queue,
@@ -247,21 +272,13 @@ def stage() -> Path:
     return SRC
 
 
-def readme_table() -> str:
-    """The README's table: claims that have been run with their verdicts, and how many have not."""
-    judged = verdicts()
-    run = [verdict for verdict in judged if verdict.verdict != "not run yet"]
-    rest = f"{len(judged) - len(run)} of {len(judged)} claims in the book's ledger have not been run yet."
-    return f"{claims.status_markdown(run)}\n\n{rest}" if run else rest
-
-
 def update_readme(*, check: bool = False) -> bool:
     """Put the generated table between the README's markers; with ``check`` only say if it is up to date."""
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    fresh = f"{before}{BEGIN}\n\n{readme_table()}\n\n{END}{after}"
+    fresh = f"{before}{BEGIN}\n\n{status_tables()}\n\n{END}{after}"
     if fresh == text or check:
         return fresh == text
     path.write_text(fresh, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The ledger is well formed, its verdicts follow from records by its rules, unverified figures say so."""
+"""The ledger is well formed and refuses what would mix settings; unverified figures say so."""
 
 from __future__ import annotations
 
@@ -8,90 +8,41 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tdbook import claims, papers
+from tdbook import claims, former, papers, status, verdicts
 from tdlib.errors import DataError, UnknownName
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "book" / "claims.yml"
 
-
-def record(seed: int, method: str = "admm", ratio: float = 2.0, **metrics: float) -> dict:
-    parameters = {"dataset": "d", "method": method, "ratio": ratio, "seed": seed}
-    return {"chapter": "c", "parameters": parameters, "metrics": metrics}
-
-
-def claim(
-    measure: dict, rule: dict | None = None, versus: dict | None = None, **where: object
-) -> claims.Claim:
-    source = {"chapter": "c", "where": {"method": "admm", **where}} | ({"versus": versus} if versus else {})
-    return claims.Claim.model_validate({
-        "id": "x", "paper": "admm-tt", "claim": "something",
-        "reported": {"value": 1.0, "unit": "points", "mark": "M"},
-        "records": source, "measure": measure, "rule": rule or {"reproduced": 1.0, "partly": 0.0, "seeds": 3},
-    })  # fmt: skip
+SETTING = {"dataset": "d", "model": "m", "format": "tt", "ratio": 2.0, "by": "params", "profile": "full"}
+ENTRY = {
+    "id": "x", "paper": "admm-tt", "claim": "something", "since": "2026-11-21",
+    "reported": {"value": 1.0, "unit": "points", "mark": "M"},
+    "records": {"chapter": "c", "where": {"method": "admm", **SETTING}},
+    "measure": {"metric": "acc", "minus": "dense"}, "rule": {"reproduced": 1.0, "partly": 0.0},
+}  # fmt: skip
+WAS = {
+    "records": {"chapter": "c", "where": {"method": "admm"}},
+    "measure": {"kind": "margin", "metric": "acc", "minus": "dense"},
+    "rule": {"reproduced": 1.0, "partly": 0.0, "seeds": 3},
+}
 
 
-def plain(entry: claims.Claim) -> dict:
-    return entry.model_dump(exclude_unset=True)
+def written(path: Path, *entries: dict) -> Path:
+    """A ledger's file; the day as YAML has it."""
+    text = yaml.safe_dump({"claims": list(entries)}, sort_keys=False)
+    path.write_text(re.sub(r"'(\d{4}-\d\d-\d\d)'", r"\1", text))
+    return path
 
 
-MARGIN = {"kind": "margin", "metric": "acc", "minus": "dense"}
-PAIRED = {"kind": "paired", "metric": "acc", "per": ["ratio"]}
+def where(**changes: object) -> dict:
+    """The records of ENTRY with another setting; None leaves a key out."""
+    changed = {"method": "admm", **SETTING, **changes}
+    return {"records": {"chapter": "c", "where": {k: v for k, v in changed.items() if v is not None}}}
 
 
-@pytest.mark.parametrize(
-    ("gains", "verdict"),
-    [
-        ([1.5, 1.2, 0.9], "reproduced"),
-        ([1.5, 1.2], "partly"),  # fewer seeds than the rule asks for
-        ([0.5, 0.2, 0.4], "partly"),
-        ([-0.5, 0.2, 0.1], "not reproduced"),
-        ([], "not run yet"),
-    ],
-)
-def test_verdicts_of_a_margin(gains: list[float], verdict: str) -> None:
-    runs = [record(seed, acc=60 + gain, dense=60.0) for seed, gain in enumerate(gains)]
-    found = claims.judge(claim(MARGIN), [*runs, record(9, "direct", acc=99.0, dense=1.0)])
-    assert found.verdict == verdict
-    if gains:
-        assert found.mean == pytest.approx(sum(gains) / len(gains))
-        assert found.seeds == len(gains)
-
-
-def test_pairs_are_made_within_a_seed_and_ratio() -> None:
-    runs = [record(0, acc=60.0), record(0, ratio=4.0, acc=50.0), record(1, acc=99.0)]
-    runs += [record(0, "direct", acc=58.0), record(0, "direct", ratio=4.0, acc=49.0)]
-    found = claims.judge(claim(PAIRED, versus={"method": "direct"}), runs)
-    assert (found.mean, found.seeds, found.count) == (pytest.approx(1.5), 1, 2)
-
-
-def test_spread_compares_ranges_over_the_ratios_both_sides_have() -> None:
-    ours = {2.0: 60.0, 4.0: 58.0, 8.0: 57.0, 16.0: 10.0}
-    theirs = {2.0: 62.0, 4.0: 60.0, 8.0: 50.0}
-    runs = [record(0, ratio=r, acc=a) for r, a in ours.items()]
-    runs += [record(0, "direct", ratio=r, acc=a) for r, a in theirs.items()]
-    measure = {"kind": "spread", "metric": "acc", "over": "ratio"}
-    assert claims.judge(claim(measure, versus={"method": "direct"}), runs).mean == pytest.approx(12.0 - 3.0)
-
-
-def test_a_list_in_where_means_any_of_them_and_missing_metrics_measure_nothing() -> None:
-    runs = [record(0, acc=61.0, dense=60.0), record(1, ratio=3.0, acc=70.0, dense=60.0), record(2, other=1.0)]
-    assert claims.judge(claim(MARGIN, ratio=[2.0, 5.0]), runs).mean == pytest.approx(1.0)
-    assert claims.judge(claim({"kind": "value", "metric": "nothing"}), runs).verdict == "not run yet"
-
-
-def test_the_ledger_holds_no_verdict_and_every_claim_can_be_judged() -> None:
-    ledger = claims.load_claims(LEDGER)
-    assert ledger and "verdict" not in claims.Claim.model_fields
-    assert {found.verdict for found in claims.judge_all(ledger, [])} == {"not run yet"}
-
-
-def test_status_table_has_one_row_per_claim_and_marks_unverified_figures() -> None:
-    ledger = claims.load_claims(LEDGER)
-    lines = claims.status_markdown(claims.judge_all(ledger, [])).splitlines()
-    assert len(lines) == 2 + len(ledger)
-    for line, entry in zip(lines[2:], ledger, strict=True):
-        assert ("unverified" in line) == (entry.reported.mark == "M")
+def amended(*days: str) -> dict:
+    return {"amendments": [{"date": day, "reason": "because", "was": WAS} for day in days]}
 
 
 @pytest.mark.parametrize(
@@ -100,27 +51,115 @@ def test_status_table_has_one_row_per_claim_and_marks_unverified_figures() -> No
         ({"paper": "nobody"}, "paper 'nobody'"),
         ({"reported": {"mark": "V", "value": 1.0, "unit": "points"}}, "needs its source"),
         ({"reported": {"mark": "M"}}, "needs value and unit"),
-        ({"measure": {"kind": "margin", "metric": "acc"}}, "needs minus"),
-        ({"measure": PAIRED}, "needs records.versus"),
-        ({"rule": {"reproduced": 0.0, "partly": 1.0, "seeds": 3}}, "must not ask for more"),
-        ({"measure": {"kind": "vote", "metric": "acc"}}, "vote"),
+        ({"reported": None}, "needs what it reported"),
+        ({"rule": {"reproduced": 0.0, "partly": 1.0}}, "must not ask for more"),
+        ({"measure": {"metric": "acc", "over": "ratio"}}, "needs records.versus"),
+        ({"measure": {"metric": "acc", "vote": "acc"}}, "vote"),
         ({"verdict": "reproduced"}, "verdict"),
+        (where(ratio=None), "must fix ratio"),
+        (where(dataset=None, model=None), "must fix dataset, model"),
+        (where(ratio=[2.0, 4.0]), "ratio: one value each"),
+        (where(dataset=["a", "b"]), "dataset: one value each"),
+        (where(profile="reduced"), "judged at profile full"),
+        (amended("2026-11-20"), "the day of the present rule"),
+        (amended("2026-11-22", "2026-11-21"), "from the first to the last"),
     ],
 )
 def test_wrong_ledgers_are_refused(tmp_path: Path, change: dict, message: str) -> None:
-    path = tmp_path / "claims.yml"
-    path.write_text(yaml.safe_dump({"claims": [plain(claim(MARGIN)) | change]}))
+    entry = {k: v for k, v in {**ENTRY, **change}.items() if v is not None}
     with pytest.raises(DataError, match=message):
-        claims.load_claims(path)
+        claims.load_claims(written(tmp_path / "claims.yml", entry))
+
+
+def test_a_ledger_is_read_with_its_settings_and_amendments(tmp_path: Path) -> None:
+    entry = ENTRY | amended("2026-11-20", "2026-11-21")
+    entry["records"] = {**entry["records"], "each": [{"ratio": 2.0}, {"ratio": 4.0}]}
+    own = {k: v for k, v in ENTRY.items() if k not in ("paper", "reported")} | {"id": "own"}
+    first, second = claims.load_claims(
+        written(tmp_path / "claims.yml", entry, own | where(profile="reduced"))
+    )
+    assert [one["ratio"] for one in first.records.settings] == [2.0, 4.0]
+    assert [one.date.day for one in first.amendments] == [20, 21] and second.paper is None
 
 
 def test_a_repeated_id_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "claims.yml"
-    path.write_text(yaml.safe_dump({"claims": [plain(claim(MARGIN))] * 2}))
     with pytest.raises(DataError, match="twice"):
-        claims.load_claims(path)
+        claims.load_claims(written(tmp_path / "claims.yml", ENTRY, ENTRY))
     with pytest.raises(DataError, match="cannot read"):
         claims.load_claims(tmp_path / "none.yml")
+
+
+def test_without_records_every_setting_of_the_ledger_is_not_run_yet() -> None:
+    ledger = claims.load_claims(LEDGER)
+    found = verdicts.judge_all(ledger, [])
+    assert {one.verdict for one in found} == {"not run yet"} and "verdict" not in claims.Claim.model_fields
+    assert len(found) == sum(len(claim.records.settings) for claim in ledger)
+
+
+def test_every_claim_is_shown_those_of_abstracts_first_and_marks_unverified_figures() -> None:
+    ledger = claims.load_claims(LEDGER)
+    text = status.markdown(verdicts.judge_all(ledger, []))
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    for entry in ledger:
+        (row,) = [line for line in rows if f"| {entry.claim} |" in line]
+        assert ("unverified" in row) == (entry.reported is not None and entry.reported.mark == "M")
+        assert "**not run yet**" in row
+    order = [
+        text.index(f"| {e.claim} |") for e in sorted(ledger, key=lambda e: (not e.headline, not e.paper))
+    ]
+    assert order == sorted(order)
+
+
+def test_every_old_rule_of_the_ledger_is_kept_with_the_reason_of_its_end() -> None:
+    found = status.amendments(verdicts.judge_all(claims.load_claims(LEDGER), [])).splitlines()
+    changes = [change for claim in claims.load_claims(LEDGER) for change in claim.amendments]
+    assert len(found) == len(changes) > 0
+    for line, change in zip(found, changes, strict=True):
+        assert change.reason in line and str(change.date) in line
+
+
+def test_the_differences_that_the_iterative_paper_reports_are_those_of_its_table() -> None:
+    (entry,) = (claim for claim in claims.load_claims(LEDGER) if claim.id == "iterative-beats-one-shot")
+    table = papers.table("musco", "iterative")
+    gains = table["iterative"] - table["one_shot"]
+    assert entry.reported.text.startswith(f"{gains.min():.2f} to {gains.max():.2f} points")
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ([1.5, 1.2, 0.9], "reproduced"),
+        ([1.5, 1.2], "partly"),  # fewer seeds than the rule asked for
+        ([0.5, 0.2, 0.4], "partly"),
+        ([-0.5, 0.2, 0.1], "not reproduced"),
+        ([], "not run yet"),
+    ],
+)
+def test_former_rules_judge_as_they_did(gains: list[float], verdict: str) -> None:
+    runs = [
+        {"chapter": "c", "parameters": {"method": "admm", "seed": s}, "metrics": {"acc": 60 + a, "dense": 60}}
+        for s, a in enumerate(gains)
+    ]
+    found = former.judge(former.Former.model_validate(WAS), runs)
+    assert (found.verdict, found.seeds) == (verdict, len(gains))
+    assert found.mean == (pytest.approx(sum(gains) / len(gains)) if gains else None)
+
+
+def test_former_pairs_and_ranges_are_those_of_their_seed() -> None:
+    runs = [
+        {"chapter": "c", "parameters": {"method": m, "ratio": r, "seed": s}, "metrics": {"acc": a}}
+        for m, r, s, a in [
+            ("admm", 2.0, 0, 60.0), ("admm", 4.0, 0, 50.0), ("admm", 2.0, 1, 99.0),
+            ("direct", 2.0, 0, 58.0), ("direct", 4.0, 0, 49.0), ("direct", 8.0, 0, 1.0),
+        ]
+    ]  # fmt: skip
+    for measure, mean in (
+        ({"kind": "paired", "metric": "acc", "per": ["ratio"]}, 1.5),
+        ({"kind": "spread", "metric": "acc", "over": "ratio"}, -1.0),
+    ):
+        records = {"chapter": "c", "where": {"method": "admm"}, "versus": {"method": "direct"}}
+        was = former.Former.model_validate(WAS | {"records": records, "measure": measure})
+        assert former.judge(was, runs).mean == pytest.approx(mean)
 
 
 def test_papers_print_their_marks() -> None:
