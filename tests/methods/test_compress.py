@@ -176,8 +176,8 @@ def test_a_checkpoint_folder_belongs_to_one_run(method, trained, digits, tmp_pat
         "format": {"format": "cp"},
     }
     with monkeypatch.context() as patch:
-        for place in ("tdlib.train.fit", "tdlib.methods.registry.accuracies", "tdlib.methods.registry.plan"):
-            patch.setattr(place, lambda *_, **__: pytest.fail("work was done"))
+        for name in ("accuracies", "plan", "rehearse"):
+            patch.setattr(f"tdlib.methods.registry.{name}", lambda *_, **__: pytest.fail("work was done"))
         patch.setattr(Run, "step", lambda *_: pytest.fail("trained"))
         for name, changes in foreign.items():
             with pytest.raises(CheckpointError, match=rf"another run: it differs in .*{name} \("):
