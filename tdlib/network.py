@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,12 +54,19 @@ def fingerprint(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a network that holds computed tensors, as old-style weight and spectral norms do
-    (torch's own copy refuses them)."""
+def duplicate(model: nn.Module, share: Iterable[torch.Tensor] = ()) -> nn.Module:
+    """A deep copy that has the tensors of `share` in common with the model.
+
+    Also of a network that holds computed tensors, as old-style weight and spectral norms do. Raises:
+    TdlibError for one that cannot be copied.
+    """
     held = [value for module in model.modules() for value in vars(module).values()]
     computed = [value for value in held if isinstance(value, torch.Tensor) and not value.is_leaf]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    memo = {id(value): value.detach().clone() for value in computed} | {id(value): value for value in share}
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise TdlibError(f"the network cannot be copied: {error}") from error
 
 
 def check_layered(model: nn.Module) -> None:

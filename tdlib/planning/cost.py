@@ -104,10 +104,16 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     The model runs once, on its own device, in eval mode; modes, buffers and random state are as before
     afterwards.
     """
+    return measure(model, input_shape)[0]
+
+
+def measure(model: nn.Module, input_shape: Sequence[int]) -> tuple[Cost, tuple[Tensor, ...], Any]:
+    """What `count` gives, with the inputs and the output of the pass that it takes."""
     check_layered(model)
     shape = tuple(int(n) for n in input_shape)
-    with _untouched(model):
-        total, own, calls = _run(model, torch.zeros(1, *shape, **_like(model)))
+    inputs = (_example(model, shape),)
+    with untouched(model):
+        total, own, calls, output = _run(model, inputs)
     rows, seen = [], set[int]()
     for name, module in model.named_modules():
         fresh = [p for p in module.parameters(recurse=False) if id(p) not in seen]
@@ -121,7 +127,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
         rows.append(Row(name, kind, params, macs, before, after, is_norm(module), tuple(shapes)))
     params = sum(row.params for row in rows)
     bn_params = sum(row.params for row in rows if row.norm)
-    return Cost(params, bn_params, total, tuple(rows), shape)
+    return Cost(params, bn_params, total, tuple(rows), shape), inputs, output
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -131,16 +137,16 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS) or (leaf and "norm" in type(module).__name__.lower())
 
 
-def _like(model: nn.Module) -> dict[str, Any]:
-    """dtype and device of the model's first floating-point parameter."""
-    for p in model.parameters():
-        if p.is_floating_point():
-            return {"dtype": p.dtype, "device": p.device}
-    return {}
+def _example(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """One random input (1, *input_shape) from [0, 1), always the same one, in dtype and on device of the
+    model's first floating-point parameter."""
+    x = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
+    like = next((p for p in model.parameters() if p.is_floating_point()), x)
+    return x.to(like)
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; modes, buffers and random state restored after."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
@@ -153,9 +159,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _run(model: nn.Module, x: Tensor) -> tuple[int, dict[nn.Module, int], dict[nn.Module, list[Call]]]:
-    """One forward pass: all MACs, those that each module did itself (not in a child), and the shapes it was
-    called with."""
+def _run(
+    model: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[int, dict[nn.Module, int], dict[nn.Module, list[Call]], Any]:
+    """One forward pass: all MACs, those that each module did itself (not in a child), the shapes it was
+    called with, and the output."""
     counter = FlopCounterMode(display=False)
     own: dict[nn.Module, int] = {}
     calls: dict[nn.Module, list[Call]] = {}
@@ -180,10 +188,11 @@ def _run(model: nn.Module, x: Tensor) -> tuple[int, dict[nn.Module, int], dict[n
                 context.callback(module.register_forward_hook(leave).remove)
             context.enter_context(_unfused(model))
             with counter:
-                model(x)
+                result = model(*inputs)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise TdlibError(f"the model does not run on an input of shape {tuple(x.shape)}: {error}") from error
-    return counter.get_total_flops() // 2, own, calls
+        shape = tuple(inputs[0].shape)
+        raise TdlibError(f"the model does not run on an input of shape {shape}: {error}") from error
+    return counter.get_total_flops() // 2, own, calls, result
 
 
 @contextmanager

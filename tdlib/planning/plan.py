@@ -14,7 +14,8 @@ from tdlib.errors import RankError, TdlibError, needs, unknown
 from tdlib.formats import LayerPlan
 from tdlib.planning.budget import Choice, make_budget
 from tdlib.planning.candidates import Candidate, candidates
-from tdlib.planning.cost import count
+from tdlib.planning.cost import measure
+from tdlib.planning.probe import probe
 from tdlib.planning.rules import RULES, Request
 
 NOTE = (
@@ -207,10 +208,12 @@ def plan(
         raise unknown("rule", rule, RULES)
     if multiple < 1:
         raise RankError(f"multiple must be at least 1, got {multiple}")
-    cost = count(model, input_shape)
+    cost, inputs, output = measure(model, input_shape)
     found, skipped = candidates(
         model, cost, format, by, (skip,) if isinstance(skip, str) else skip, options, multiple
     )
+    refused = probe(model, inputs, output, {c.name: c.kernel for c in found})
+    found, skipped = [c for c in found if c.name not in refused], skipped | refused
     if not found:
         reasons = (
             "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no Conv2d or Linear"
