@@ -6,6 +6,7 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +18,24 @@ from tdlib.formats.base import finite
 from tdlib.planning.candidates import Candidate
 
 Point = tuple[Ranks | None, float, float]
-Curve = Sequence[Point]
 
 
-def weight_curve(candidate: Candidate, weight: Tensor, steps: int = 128) -> list[Point]:
-    """(ranks, cost, squared error relative to the kernel's norm) from rank 1 up to the dense cost.
+@dataclass(frozen=True)
+class Curve:
+    """points: (ranks, cost, error) along which cost rises and error falls, all of them ranks that the layer
+    may have (multiples where they are asked for). error: the same error at any ranks."""
+
+    points: Sequence[Point]
+    error: Callable[[Ranks], float]
+
+    def scaled(self, change: Callable[[float], float]) -> Curve:
+        """The curve with `change`, a rising function, of its errors."""
+        points = [(ranks, cost, change(error)) for ranks, cost, error in self.points]
+        return Curve(points, lambda ranks: change(self.error(ranks)))
+
+
+def weight_curve(candidate: Candidate, weight: Tensor, steps: int = 128) -> Curve:
+    """Squared error relative to the kernel's norm, from rank 1 (or the multiple) up to the dense cost.
 
     The error is the sum of the squared singular values cut off in every unfolding (exact for one, an upper
     bound for several). The path raises the rank that saves most error per unit of cost. Formats without
@@ -30,11 +44,14 @@ def weight_curve(candidate: Candidate, weight: Tensor, steps: int = 128) -> list
     tails = _tails(candidate, weight.float())  # errors to be compared, not targets: single precision will do
     if tails is None:
         return measured_curve(candidate, weight)
-    ranks = candidate.clip((1,) * len(tails))
-    strides = [max(1, len(t) // steps) for t in tails]
+    ranks, m = candidate.clip((1,) * len(tails)), candidate.multiple
+    strides = [m * max(1, len(t) // (m * steps)) for t in tails]
+
+    def cut(r: Ranks) -> list[float]:
+        return [tail[min(n, len(tail) - 1)] for tail, n in zip(tails, r, strict=True)]
 
     def error(r: Ranks) -> float:
-        return min(1.0, sum(tail[min(n, len(tail) - 1)] for tail, n in zip(tails, r, strict=True)))
+        return min(1.0, sum(cut(r)))
 
     points: list[Point] = []
     while candidate.cost(ranks) < candidate.cost(None):
@@ -43,16 +60,16 @@ def weight_curve(candidate: Candidate, weight: Tensor, steps: int = 128) -> list
         for k, stride in enumerate(strides):
             raised = candidate.clip(tuple(r + stride * (j == k) for j, r in enumerate(ranks)))
             added = candidate.cost(raised) - candidate.cost(ranks)
-            saved = sum(t[a] - t[min(b, len(t) - 1)] for t, a, b in zip(tails, ranks, raised, strict=True))
+            saved = sum(a - b for a, b in zip(cut(ranks), cut(raised), strict=True))
             if added > 0:
                 options.append((saved / added, raised))
         if not options:
             break
         ranks = max(options, key=lambda option: option[0])[1]
-    return points
+    return Curve(points, error)
 
 
-def measured_curve(candidate: Candidate, weight: Tensor, measured: int = 5, steps: int = 64) -> list[Point]:
+def measured_curve(candidate: Candidate, weight: Tensor, measured: int = 5, steps: int = 64) -> Curve:
     """The same along the format's uniform family: measured at a few ranks, log-linear in cost between
     them."""
     grid: dict[Ranks, float] = {}
@@ -66,7 +83,8 @@ def measured_curve(candidate: Candidate, weight: Tensor, measured: int = 5, step
     for k in chosen:
         error = max(1e-12, candidate.kernel.error(weight, rows[k][0]))
         known.append((rows[k][1], min(error, known[-1][1] if known else 1.0)))
-    return [(ranks, cost, _between(known, cost)) for ranks, cost in rows]
+    points = [(ranks, cost, _between(known, cost)) for ranks, cost in rows]
+    return Curve(points, lambda ranks: _between(known, candidate.cost(ranks)))
 
 
 def _between(known: Sequence[tuple[float, float]], cost: float) -> float:
@@ -78,13 +96,13 @@ def _between(known: Sequence[tuple[float, float]], cost: float) -> float:
     return known[0][1] if cost <= known[0][0] else known[-1][1]
 
 
-def harm(curve: Curve) -> list[Point]:
+def harm(curve: Curve) -> Curve:
     """The curve with -log(1 - error) for the error, which adds up over layers.
 
     1 - error is the share of a layer's energy that survives. Shares multiply along a network: one layer that
     is lost loses everything, which a plain sum of errors would accept.
     """
-    return [(ranks, cost, -math.log1p(-min(error, 1 - 1e-6))) for ranks, cost, error in curve]
+    return curve.scaled(lambda error: -math.log1p(-min(error, 1 - 1e-6)))
 
 
 def whitened(candidate: Candidate, statistics: Mapping[str, Tensor] | None) -> Tensor:
@@ -110,8 +128,8 @@ def whitened(candidate: Candidate, statistics: Mapping[str, Tensor] | None) -> T
 
 def harm_curve(
     candidate: Candidate, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-) -> list[Point]:
-    """(ranks, cost, 1/2 tr(H D Σ D^T)) along the path of best gain per cost, with D the kernel's error.
+) -> Curve:
+    """1/2 tr(H D Σ D^T) along the path of best gain per cost, with D the kernel's error.
 
     weights: layer → H (O, O), the Fisher information at its output; the result is then the KL divergence at
     the network's output to second order.
@@ -120,7 +138,7 @@ def harm_curve(
     kernel = whitened(candidate, statistics)
     kernel = (half @ kernel.flatten(1)).reshape(kernel.shape)
     total = 0.5 * float(kernel.square().sum())
-    return [(ranks, cost, max(1e-8, error) * total) for ranks, cost, error in weight_curve(candidate, kernel)]
+    return weight_curve(candidate, kernel).scaled(lambda error: max(1e-8, error) * total)
 
 
 def finite_weight(candidate: Candidate) -> Tensor:
@@ -135,7 +153,7 @@ def kept_energy(candidate: Candidate) -> Callable[[float], Ranks]:
     if tails is None:
         curve = measured_curve(candidate, weight)
         return lambda share: (
-            next((p[0] for p in curve if p[2] <= 1 - share), candidate.bounds) or candidate.bounds
+            next((p[0] for p in curve.points if p[2] <= 1 - share), candidate.bounds) or candidate.bounds
         )
     rising = [[-t for t in tail] for tail in tails]
     return lambda share: tuple(max(1, bisect_left(tail, share - 1)) for tail in rising)

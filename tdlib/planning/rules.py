@@ -22,7 +22,7 @@ from tdlib.decompositions.linalg import one_thread, small
 from tdlib.decompositions.ranks import evbmf_rank
 from tdlib.errors import TdlibError
 from tdlib.formats import Ranks
-from tdlib.planning.budget import Budget, Choice, adjust, fit, smallest, spent
+from tdlib.planning.budget import Budget, Choice, adjust, fit
 from tdlib.planning.candidates import Candidate
 from tdlib.planning.curves import (
     Curve,
@@ -125,13 +125,13 @@ def global_(candidates: Sequence[Candidate], request: Request) -> Choice:
             return harm(weight_curve(c, whitened(c, statistics)))
 
     curves = {c.name: curve(c) for c in tqdm(candidates, "ranks", unit="layer", disable=not request.progress)}
-    costs = {c.name: c.cost(None) for c in candidates}
-    for share in range(100, 50, -2):  # rounding to multiples of a rank may exceed the budget
-        picked = global_ranks(curves, costs, budget.limit * share / 100)
-        choice = {c.name: None if (r := picked[c.name]) is None else c.smaller(c.clip(r)) for c in candidates}
-        if spent(candidates, choice) <= budget.limit:
-            return adjust(candidates, choice, budget)
-    return adjust(candidates, smallest(candidates), budget)
+
+    def predicted(choice: Choice) -> float:
+        return sum(curves[name].error(ranks) for name, ranks in choice.items() if ranks is not None)
+
+    paths = {name: curve.points for name, curve in curves.items()}
+    best = global_ranks(paths, {c.name: c.cost(None) for c in candidates}, budget.limit)
+    return min(adjust(candidates, best, budget), uniform(candidates, request), key=predicted)
 
 
 RULES: dict[str, Callable[[Sequence[Candidate], Request], Choice]] = {
@@ -142,7 +142,7 @@ RULES: dict[str, Callable[[Sequence[Candidate], Request], Choice]] = {
 }
 
 
-def global_ranks(curves: Mapping[str, Curve], costs: Mapping[str, float], budget: float) -> Choice:
+def global_ranks(curves: Mapping[str, Sequence[Point]], costs: Mapping[str, float], budget: float) -> Choice:
     """Pick one point on every layer's curve so that the summed error is small and the summed cost within
     `budget`.
 
@@ -175,7 +175,7 @@ def global_ranks(curves: Mapping[str, Curve], costs: Mapping[str, float], budget
     return {name: path[at[name]][0] for name, path in paths.items()}
 
 
-def _ends_dense(curve: Curve, dense: float) -> list[Point]:
+def _ends_dense(curve: Sequence[Point], dense: float) -> list[Point]:
     """The curve's points that are cheaper than dense, by rising cost, then the dense one."""
     points = sorted((p for p in curve if p[1] < dense), key=lambda p: (p[1], p[2]))
     return [*points, (None, dense, 0.0)]
