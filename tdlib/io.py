@@ -25,7 +25,7 @@ from tdlib.files import SUM, fits, parse, read_tensors, write_tensors
 from tdlib.formats import LayerPlan, blank
 from tdlib.memory import Weightless, require
 from tdlib.models import build, misfit, structural
-from tdlib.network import Provenance, attach, provenance
+from tdlib.network import INPUTS, Provenance, attach, provenance
 
 KEY, VERSION = "tdlib", 3
 FORM = {
@@ -33,7 +33,7 @@ FORM = {
     "spec": (None, {"name": str, "classes": int, "kwargs": {str: (None, bool, int, float, str, list)}}),
     "layers": {str: {"format": str, "ranks": [int], "options": dict}},
     "plan": (None, dict),
-    "inputs": (None, dict),
+    "inputs": (None, INPUTS),
     "aliases": {str: str},
     "versions": {str: int},
 }

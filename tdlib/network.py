@@ -15,6 +15,11 @@ from torch.nn.parameter import is_lazy
 
 from tdlib.errors import TdlibError
 
+#: Provenance.inputs as JSON; classes: None where they are not known.
+INPUTS = {
+    "classes": (None, [str]), "input_shape": [int], "mean": [float], "std": [float], "interpolation": str,
+}  # fmt: skip
+
 
 @dataclass
 class Provenance:

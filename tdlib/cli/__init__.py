@@ -1,14 +1,18 @@
 """The command line `tdlib`: joins the commands of this folder and reports errors.
 
-Exit codes: 0 done; 1 started and failed; 2 wrong command line (unknown name, missing or existing file).
+Exit codes: 0 done; 1 started and failed; 2 wrong command line (unknown name, missing or existing file);
+130 or 143 ended by Ctrl-C or SIGTERM.
 An error is one line on stderr; `--debug` shows the traceback instead. Nothing here imports torch before a
 command runs, so that help stays fast.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -16,7 +20,7 @@ from typer.core import TyperGroup
 
 from tdlib.cli import compress, network
 from tdlib.cli.common import DebugOption, UsageError
-from tdlib.errors import TdlibError, UnknownName
+from tdlib.errors import Interrupted, TdlibError, UnknownName
 
 EXAMPLES = """Compress neural networks by tensor decompositions.
 
@@ -35,12 +39,12 @@ class OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), ended_by_sigterm():
                 warnings.showwarning = one_line_warning
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            sys.exit(130)
+        except KeyboardInterrupt as error:
+            typer.echo(str(error) or "interrupted", err=True)
+            sys.exit(128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT))
         except (CLICK_ERROR, typer.Exit, typer.Abort):
             raise  # typer reports these itself
         except Exception as error:
@@ -48,6 +52,20 @@ class OneLineErrors(TyperGroup):
                 raise
             typer.echo(error_line(error), err=True)
             sys.exit(2 if isinstance(error, UsageError | UnknownName | FileNotFoundError) else 1)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the work as Ctrl-C does: nothing half-written stays."""
+
+    def end(number: int, _: Any) -> None:
+        raise Interrupted("terminated", number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -66,6 +66,27 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+def note(text: str) -> None:
+    """Progress goes to stderr, results to stdout."""
+    typer.echo(text, err=True)
+
+
+def is_file(model: str) -> bool:
+    """Whether a model is meant as a file that tdlib wrote, not as a name."""
+    return Path(model).suffix == ".safetensors" or Path(model).is_file()
+
+
+def remembered(network: Any) -> dict[str, Any] | None:
+    """What the network says of its inputs, see `tdlib.Provenance`; at least their shape, if it was built for
+    one.
+    """
+    from tdlib import provenance
+
+    about = provenance(network)
+    shape = about.spec and about.spec["kwargs"].get("input_shape")
+    return about.inputs or ({"input_shape": list(shape)} if shape else None)
+
+
 def open_model(
     model: str,
     classes: int | Sequence[str],
@@ -81,7 +102,7 @@ def open_model(
     import tdlib
 
     path = Path(model)
-    if path.suffix != ".safetensors" and not path.is_file():
+    if not is_file(model):
         return tdlib.models.build(model, classes, input_shape=input_shape, weights=weights, new_head=new_head)
     if not path.is_file():
         raise UsageError(f"model file {path} does not exist")

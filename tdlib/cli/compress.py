@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tdlib.cli import checks
 from tdlib.cli.common import (
     MODEL_HELP,
     ByOption,
@@ -15,14 +18,18 @@ from tdlib.cli.common import (
     RatioOption,
     UsageError,
     WeightsOption,
+    is_file,
+    note,
     open_model,
     parse_settings,
+    remembered,
 )
-from tdlib.errors import ClassCountError, unknown
+from tdlib.errors import ClassCountError, needs
 
 TRAIN_HELP = "Train (or fine-tune) the dense network for this many epochs first."
+CLASSES_HELP = "Number of classes of a model given by name, where the images have no labels."
+MEAN_HELP = "Normalisation of the pixels (0 to 1): one number per channel, as 0.5,0.5,0.5."
 RULE_HELP = "How ranks are shared out: as in `tdlib plan`, for iterative vbmf or nx; default: the method's."
-SETTINGS = ("skip", "options", "finetune_epochs", "finetune_lr", "progress")  # of tdlib.compress, for --set
 
 
 def compress(
@@ -40,16 +47,19 @@ def compress(
         list[str] | None, typer.Option("--set", help="Hyper-parameter of the method: key=value.")
     ] = None,
     weights: WeightsOption = None,
+    classes: Annotated[int | None, typer.Option(min=1, help=CLASSES_HELP)] = None,
     train_epochs: Annotated[int, typer.Option(min=0, help=TRAIN_HELP)] = 0,
     train_lr: Annotated[float, typer.Option(help="Learning rate of that training.")] = 0.05,
     data_root: Annotated[
         Path | None, typer.Option(help="Folder of named data sets (else TDLIB_DATA).")
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side that images are brought to.")] = None,
+    mean: Annotated[str | None, typer.Option(help=MEAN_HELP)] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation, as --mean.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most this many images of each split.")] = None,
     onnx: Annotated[Path | None, typer.Option(help="Also write the compressed network as ONNX.")] = None,
     dense_out: Annotated[
-        Path | None, typer.Option(help="Also write the dense network, *.safetensors.")
+        Path | None, typer.Option(help="Also write the dense network; after training: OUT-dense.safetensors.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -59,7 +69,13 @@ def compress(
     """Compress a network on your data and print what was gained and lost.
 
     Methods that train need labels. Methods that do not (direct, distribution-aware) want a trained network:
-    give --weights or a file, or let --train-epochs train it here.
+    give --weights or a file, or let --train-epochs train it here. They also take a folder of images alone,
+    and then measure how often both networks answer alike instead of accuracies.
+
+    A network that was trained by tdlib, torchvision or timm says what it was trained on: classes, image size,
+    normalisation. That is what the data are brought to; --image-size, --mean and --std are for others.
+
+    --set checkpoint=DIR keeps what was trained: stopped (Ctrl-C, kill), the same command goes on from there.
 
     distribution-aware goes three steps beyond its paper: it gives ranks where they do least harm, weighs the
     layers' outputs and fits the layers in sequence. The paper's own method is
@@ -69,17 +85,22 @@ def compress(
     Examples:
       tdlib compress --model dense.safetensors --data imagefolder:photos --method direct --format tucker2 \\
           --ratio 2 --by macs --out small.safetensors --onnx small.onnx
+      tdlib compress --model dense.safetensors --data imagefolder:unsorted --method distribution-aware \\
+          --ratio 2 --by macs --out unlabelled.safetensors
       tdlib compress --model cnn --train-epochs 2 --data imagefolder:photos --image-size 16 \\
+          --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --set checkpoint=run \\
           --method distribution-aware --ratio 2 --dense-out trained.safetensors --out sigma.safetensors
       tdlib compress --model dense.safetensors --data imagefolder:photos --method distribution-aware \\
           --rule uniform --set weigh_outputs=false --set sequential=false --out paper.safetensors
       tdlib compress --model cnn --train-epochs 2 --data npz:scans.npz --method admm --ratio 1.5 \\
           --set epochs=1 --set finetune_epochs=1 --out admm.safetensors
     """
+    if train_epochs and dense_out is None:
+        dense_out = out.with_name(f"{out.stem}-dense.safetensors")
     outputs = [path for path in (out, onnx, dense_out) if path is not None]
-    check_outputs(outputs, force)
-    if ratio <= 1:
-        raise UsageError(f"--ratio {ratio:g}: dense / compressed must be above 1")
+    checks.outputs(outputs, onnx, force)
+    if not 1 < ratio < math.inf:
+        raise UsageError(f"--ratio {ratio:g}: dense / compressed must be a number above 1")
     hyper = parse_settings(settings or ())
 
     import torch
@@ -87,33 +108,59 @@ def compress(
     import tdlib
     from tdlib import train
 
-    check_names(method, format, by, rule, hyper)
-    check_device(device)
-    bundle = tdlib.data.load(data, data_root, seed=seed, image_size=image_size, limit=limit)
-    sizes = f"{len(bundle.train)} training and {len(bundle.test)} test inputs"
-    note(f"data: {data}, {sizes}, {len(bundle.classes)} classes")
+    checks.names(method, format, by, rule, hyper)
+    checks.device(device)
+    for package in ("onnx", "onnxscript", "onnxruntime") if onnx else ():
+        needs(package, "onnx")
+    dense = open_model(model, 0, weights) if is_file(model) else None
+    inputs = remembered(dense) if dense is not None else tdlib.models.inputs_of(model, weights)
+    asked = {"image_size": image_size, "mean": mean, "std": std}
+    bundle = open_data(data, inputs, asked, root=data_root, seed=seed, limit=limit)
+    kinds = f"{len(bundle.classes)} classes" if bundle.classes else "no labels"
+    note(f"data: {data}, {len(bundle.train)} training and {len(bundle.test)} test inputs, {kinds}")
+    images = "{input_shape}, mean {mean}, std {std}, {interpolation}".format(**bundle.description)
+    known = "as {} was trained" if "mean" in (inputs or {}) else "{} does not say what it was trained on"
+    note(f"inputs: {images}" + (f"; {known.format(weights or model)}" if dense or weights else ""))
+    checks.data(bundle, method, train_epochs, hyper, classes, named=dense is None)
+    if not train_epochs:
+        checks.same(bundle, inputs, weights or model)
 
     torch.manual_seed(seed)  # weights that are drawn
     try:
-        dense = open_model(model, bundle.classes, weights, bundle.input_shape, new_head=train_epochs > 0)
+        dense = dense or open_model(
+            model, bundle.classes or classes or 0, weights, bundle.input_shape, new_head=train_epochs > 0
+        )
     except ClassCountError as error:
+        if not bundle.classes:
+            mend = f"the weights of {model} are for {error.have} classes: --classes {error.have}"
+            raise UsageError(mend) from error
         raise UsageError(
             f"the weights of {model} are for {error.have} classes, the data have {error.want}; "
             "--train-epochs N starts from these weights with a fresh last layer and trains it on yours"
         ) from error
     dense.to(device)
-    check_fits(dense, bundle, model)
-    if train_epochs:
-        note(f"training the dense network for {train_epochs} epochs")
-        train.fit(dense, bundle, epochs=train_epochs, lr=train_lr, seed=seed, device=device)
-    elif weights is None and Path(model).suffix != ".safetensors":
-        note("warning: the network has random weights; give --weights or --train-epochs")
-    if dense_out is not None:
-        tdlib.save(dense, dense_out)
+    checks.fits(dense, bundle, model)
+    budget: dict[str, Any] = {"ratio": ratio, "by": by, "format": format, "seed": seed}
+    tdlib.methods.reachable(dense, method, bundle, **budget, **hyper)
+    checks.space(outputs, dense)
 
-    small = tdlib.compress(
-        dense, method, bundle, ratio=ratio, by=by, format=format, rule=rule, seed=seed, device=device, **hyper
-    )
+    with going_on(hyper.get("checkpoint"), dense_out if train_epochs else None):
+        if train_epochs:
+            note(f"training the dense network for {train_epochs} epochs")
+            folder = Path(hyper["checkpoint"]) / "dense" if "checkpoint" in hyper else None
+            train.fit(
+                dense, bundle, epochs=train_epochs, lr=train_lr, seed=seed, device=device, checkpoint=folder
+            )
+            if not checks.trains(method, hyper):
+                hyper.pop("checkpoint", None)  # that was all the training there is
+            checks.trained(dense, bundle, train_lr)
+        elif weights is None and not is_file(model):
+            note("warning: the network has random weights; give --weights or --train-epochs")
+        remember(dense, bundle)
+        if dense_out is not None:
+            tdlib.save(dense, dense_out)
+            note(f"written: {dense_out}, the dense network")
+        small = tdlib.compress(dense, method, bundle, rule=rule, device=device, **budget, **hyper)
     tdlib.save(small, out)
     typer.echo(before_after(dense, small, bundle))
     note(f"{method}: {tdlib.provenance(small).report['seconds']:.1f} s")
@@ -121,6 +168,46 @@ def compress(
         difference = tdlib.export.to_onnx(small, onnx, bundle.input_shape)
         note(f"ONNX: {onnx}, outputs equal to PyTorch's within {difference:.1e}")
     note(f"written: {', '.join(map(str, outputs))}")
+
+
+def open_data(data: str, inputs: dict[str, Any] | None, asked: dict[str, Any], **source: Any) -> Any:
+    """The data set, its images as `asked` or else as the network knows them from its training."""
+    import tdlib
+
+    known = dict(inputs or {})
+    known.pop("classes", None)
+    shape = known.pop("input_shape", ())
+    if len(shape) == 3 and shape[1] == shape[2]:
+        known["image_size"] = shape[1]
+    given = {name: value for name, value in asked.items() if value is not None}
+    return tdlib.data.load(data, **source, **{**known, **given})
+
+
+def remember(network: Any, bundle: Any) -> None:
+    """Note in the network what data it was used with; class names that it knows stay where there are no
+    labels.
+    """
+    from tdlib.network import attach, provenance
+
+    about = provenance(network)
+    classes = bundle.description["classes"] or (about.inputs or {}).get("classes")
+    about.inputs = bundle.description | {"classes": classes}
+    attach(network, about)
+
+
+@contextmanager
+def going_on(checkpoint: str | None, dense: Path | None) -> Iterator[None]:
+    """Says how to go on where the work inside is interrupted. dense: the file that training ends in."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint is not None:
+            note(f"kept in {checkpoint}: the same command with --force goes on from there")
+        elif dense is not None and dense.is_file():
+            note(f"kept in {dense}: --model {dense} without --train-epochs goes on from there")
+        else:
+            note("nothing was kept; --set checkpoint=DIR keeps what is trained")
+        raise
 
 
 def before_after(dense: Any, small: Any, bundle: Any) -> str:
@@ -137,10 +224,11 @@ def before_after(dense: Any, small: Any, bundle: Any) -> str:
         compared("all parameters", *(cost.params for cost in costs)),
         compared("MACs of one input", *(cost.macs for cost in costs)),
     ]
-    whole, before, after = (report[stage]["test"] for stage in ("dense", "before", "after"))
-    stages = {"test accuracy before fine-tuning, %": before} if before != after else {}
-    for name, accuracy in {**stages, "test accuracy, %": after}.items():
-        rows.append([name, f"{whole:.2f}", f"{accuracy:.2f}", f"{accuracy - whole:+.2f}"])
+    if bundle.classes:
+        whole, before, after = (report[stage]["test"] for stage in ("dense", "before", "after"))
+        stages = {"test accuracy before fine-tuning, %": before} if before != after else {}
+        for name, accuracy in {**stages, "test accuracy, %": after}.items():
+            rows.append([name, f"{whole:.2f}", f"{accuracy:.2f}", f"{accuracy - whole:+.2f}"])
     same = train.agreement(dense, small, bundle, "test")["agreement"]
     rows.append(["same prediction as dense, %", "", f"{same:.2f}", ""])
     head, align = ("", "dense", "compressed", "ratio"), ("left", "right", "right", "right")
@@ -151,70 +239,3 @@ def before_after(dense: Any, small: Any, bundle: Any) -> str:
 def compared(name: str, dense: int, compressed: int) -> list[str]:
     """A row of the table: both counts and dense / compressed."""
     return [name, f"{dense:,}", f"{compressed:,}", f"{dense / max(compressed, 1):.2f}x"]
-
-
-def check_outputs(paths: list[Path], force: bool) -> None:
-    """Refuse, before any work is done, outputs that exist, cannot be written or are the same file.
-
-    Raises UsageError.
-    """
-    for path in paths:
-        if path.exists() and not force:
-            raise UsageError(f"{path} exists; --force overwrites it")
-        if not path.parent.is_dir():
-            raise UsageError(f"the folder of {path} does not exist")
-        if not os.access(path.parent, os.W_OK):
-            raise UsageError(f"the folder of {path} is not writable")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UsageError("--out, --onnx and --dense-out must be different files")
-
-
-def check_names(
-    method: str, format: str | None, by: str, rule: str | None, hyper: dict[str, Any]
-) -> None:
-    """Stop on a wrong name before data are read. Raises UnknownName."""
-    from tdlib.methods import METHODS, hyperparameters
-    from tdlib.planning.rules import RULES
-
-    valid = (*hyperparameters(method), *SETTINGS)
-    for name in hyper:
-        if name not in valid:
-            raise unknown(f"hyper-parameter of {method!r}", name, valid)
-    if format is not None and format not in METHODS[method].choices:
-        raise unknown(f"format of {method!r}", format, METHODS[method].choices)
-    if by not in ("params", "macs"):
-        raise unknown("ratio kind", by, ("params", "macs"))
-    if rule is not None and rule not in RULES:
-        raise unknown("rule", rule, RULES)
-
-
-def check_fits(network: Any, bundle: Any, name: str) -> None:
-    """Raises UsageError where the network does not take these images or has another number of classes."""
-    import torch
-
-    from tdlib.train import inference
-
-    try:
-        with inference(network):
-            example = torch.zeros(2, *bundle.input_shape, device=next(network.parameters()).device)
-            outputs = network(example).shape[-1]
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{name} does not take images of shape {bundle.input_shape}: {reason}") from error
-    if outputs != len(bundle.classes):
-        raise UsageError(f"{name} has {outputs} outputs, the data have {len(bundle.classes)} classes")
-
-
-def check_device(device: str) -> None:
-    """Raises UsageError for a device that this machine lacks."""
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
-
-
-def note(text: str) -> None:
-    """Progress goes to stderr, results to stdout."""
-    typer.echo(text, err=True)

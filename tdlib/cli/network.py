@@ -21,6 +21,7 @@ from tdlib.cli.common import (
     open_model,
     parse_settings,
     parse_shape,
+    remembered,
 )
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
@@ -141,11 +142,8 @@ def compare(
 
 
 def remembered_shape(network: Any) -> tuple[int, ...]:
-    """The input shape that the network was built for. Raises: UsageError where it was built for any."""
-    from tdlib import provenance
-
-    spec = provenance(network).spec
-    shape = spec and spec["kwargs"].get("input_shape")
-    if not shape:
+    """The input shape that the network was trained or built for. Raises: UsageError where it names none."""
+    inputs = remembered(network)
+    if not inputs:
         raise UsageError("this model does not say what it takes; give --input-shape, for example 3,32,32")
-    return tuple(shape)
+    return tuple(inputs["input_shape"])

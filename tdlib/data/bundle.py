@@ -41,11 +41,12 @@ class Bundle:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a network that is trained on these data must remember of them, as JSON: classes, mean, std,
-        input_shape and interpolation."""
+        """What a network that is trained on these data must remember of them, as JSON: classes (None
+        where there are no labels), input_shape, mean, std and interpolation."""
         return {
-            "classes": list(self.classes), "mean": list(self.mean), "std": list(self.std),
-            "input_shape": list(self.input_shape), "interpolation": self.interpolation,
+            "classes": list(self.classes) or None, "input_shape": list(self.input_shape),
+            "mean": list(map(float, self.mean)), "std": list(map(float, self.std)),
+            "interpolation": self.interpolation,
         }  # fmt: skip
 
     @cached_property

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 import zipfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,8 +114,8 @@ def _torchvision_part(name: str, folder: Path, file: Path, train: bool) -> Part:
     if name == "svhn":
         which = {"split": "train" if train else "test"}
     try:
-        with warnings.catch_warnings():  # numpy's complaint about how old pickles of CIFAR were written
-            warnings.simplefilter("ignore")
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's complaint about how old pickles of CIFAR were written
             data = getattr(torchvision.datasets, source.torchvision)(folder, download=True, **which)
     except (RuntimeError, OSError) as error:
         raise DataError(

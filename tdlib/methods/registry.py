@@ -280,6 +280,19 @@ def planned(
     )  # fmt: skip
 
 
+def reachable(model: nn.Module, method: str, data: Any, **asked: Any) -> Plan:
+    """The method's plan at uniform ranks, for which nothing is trained or measured: raises now what planning
+    would raise in `compress`, above all BudgetError.
+
+    asked: the arguments of `compress` that are about ranks (ratio, by, format, skip, options).
+    """
+    row = _row(method)
+    given = {name: value for name, value in asked.items() if value is not None and name != "statistics"}
+    planner = _function(row.planner)
+    given = {"format": row.choices[0], **given, "rule": "uniform"}
+    return planner(model, data, **accepted(planner, given))
+
+
 def hyperparameters(method: str) -> tuple[str, ...]:
     """Names that `compress(..., method, ...)` takes beside its own: the method's, its planner's and those of
     `train.fit` for the training that it or fine-tuning does. Raises: UnknownName."""

@@ -2,7 +2,7 @@
 ``pretrained(name)``.
 """
 
-from tdlib.models.building import available, build, pretrained, shipped, structural
+from tdlib.models.building import available, build, inputs_of, pretrained, shipped, structural
 from tdlib.models.cifar_resnet import CifarResNet
 from tdlib.models.small import LSTMClassifier, SmallCNN
 from tdlib.models.weights import load_weights, misfit
@@ -13,6 +13,7 @@ __all__ = [
     "SmallCNN",
     "available",
     "build",
+    "inputs_of",
     "load_weights",
     "misfit",
     "pretrained",

@@ -10,9 +10,15 @@ from torch import nn
 
 from tdlib.errors import DataError, TdlibError, unknown
 from tdlib.models.cifar_resnet import DEPTHS, CifarResNet
-from tdlib.models.external import build_timm, build_torchvision, torchvision_names
+from tdlib.models.external import (
+    build_timm,
+    build_torchvision,
+    timm_inputs,
+    torchvision_inputs,
+    torchvision_names,
+)
 from tdlib.models.small import LSTMClassifier, SmallCNN
-from tdlib.models.weights import load_weights, read_state_dict
+from tdlib.models.weights import load_weights, read_state_dict, saved_inputs
 from tdlib.network import Provenance, attach
 
 OWN = (*DEPTHS, "cnn", "lstm")
@@ -65,7 +71,7 @@ def build(
         if name in OWN:
             model = _own(name, count, shape, hub, kw)
         elif name.startswith("timm:"):
-            model = build_timm(name.removeprefix("timm:"), count, shape, hub, kw)
+            model = build_timm(name.removeprefix("timm:"), count, shape, hub, new_head, kw)
         else:
             name = name.removeprefix("torchvision:")
             if name not in torchvision_names():
@@ -76,8 +82,29 @@ def build(
     if file is not None:
         load_weights(model, file, new_head=new_head)
     kwargs = kw if shape is None else {**kw, "input_shape": list(shape)}
-    attach(model, Provenance({"name": name, "classes": count, "kwargs": kwargs}))
+    inputs = None if weights is None else inputs_of(name, weights)
+    if inputs and shape and shape[0] != inputs["input_shape"][0]:
+        inputs = None  # the first convolution is fresh
+    if inputs and len(inputs["classes"] or ()) != count:
+        inputs["classes"] = None  # the last layer is fresh
+    attach(model, Provenance({"name": name, "classes": count, "kwargs": kwargs}, inputs=inputs))
     return model
+
+
+def inputs_of(name: str, weights: str | Path | None) -> dict[str, Any] | None:
+    """What these weights of the network were trained on, as `Provenance.inputs`: those of torchvision and
+    timm (whose classes are left out), and files of `tdlib.save`. None for others, which do not say.
+
+    Raises DataError for a file that cannot be read, UnknownName, TdlibError where timm is needed and missing.
+    """
+    file, hub = _weight_source(weights)
+    if file is not None:
+        return saved_inputs(file)
+    if hub is None or name in OWN:
+        return None
+    if name.startswith("timm:"):
+        return timm_inputs(name.removeprefix("timm:"), hub)
+    return torchvision_inputs(name.removeprefix("torchvision:"), hub)
 
 
 def structural(name: str) -> frozenset[str]:

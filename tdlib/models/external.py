@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,8 @@ def build_torchvision(
     if have != classes and not new_head:
         raise ClassCountError(f"weights {weights!r} of {name}", have, classes)
     try:
-        model = torchvision.models.get_model(name, weights=entry, **options)
+        with redirect_stdout(sys.stderr):  # where torch.hub says that it downloads
+            model = torchvision.models.get_model(name, weights=entry, **options)
     except OSError as error:  # no network, no disk space, no permission
         raise DataError(
             f"weights {entry.name} of {name} could not be downloaded ({error}); give a local file of weights "
@@ -60,19 +64,69 @@ def build_torchvision(
 
 
 def build_timm(
-    name: str, classes: int, shape: tuple[int, ...] | None, weights: str | None, options: dict[str, Any]
+    name: str,
+    classes: int,
+    shape: tuple[int, ...] | None,
+    weights: str | None,
+    new_head: bool,
+    options: dict[str, Any],
 ) -> nn.Module:
-    """A timm model; ``weights="DEFAULT"`` (or a timm tag) loads timm's, with a fresh last layer where the
-    number of classes differs. Raises UnknownName; TdlibError where timm is not installed.
+    """A timm model; ``weights="DEFAULT"`` (or a timm tag) loads timm's. Raises UnknownName, ClassCountError,
+    DataError where they cannot be downloaded; TdlibError where timm is not installed.
     """
     timm = needs("timm", "timm")
     if name not in timm.list_models():
         raise unknown(f"model of timm {timm.__version__}", name, timm.list_models())
-    full = name if weights in (None, "DEFAULT") else f"{name}.{weights}"
-    channels = shape[0] if shape else 3
-    return timm.create_model(
-        full, pretrained=weights is not None, num_classes=classes, in_chans=channels, **options
+    full = _timm_name(name, weights)
+    options = {"num_classes": classes, "in_chans": shape[0] if shape else 3, **options}
+    if weights is None:
+        return timm.create_model(full, pretrained=False, **options)
+    have = _timm_settings(full).get("num_classes", classes)
+    if have != classes and not new_head:
+        raise ClassCountError(f"weights {weights!r} of timm:{name}", have, classes)
+    try:
+        with redirect_stdout(sys.stderr):
+            return timm.create_model(full, pretrained=True, **options)
+    except (OSError, RuntimeError) as error:  # no network (after retries), no such weights
+        raise DataError(
+            f"weights {weights!r} of timm:{name} could not be loaded ({error}); give a local file of weights "
+            "instead. HF_HUB_OFFLINE=1 keeps to what was downloaded before and does not try the network"
+        ) from error
+
+
+def torchvision_inputs(name: str, weights: str) -> dict[str, Any]:
+    """What torchvision's weights were trained on, as `Provenance.inputs`. Raises UnknownName."""
+    import torchvision
+
+    known = torchvision.models.get_model_weights(name).__members__
+    if weights not in known:
+        raise unknown(f"weights of {name}", weights, known)
+    look = known[weights].transforms()
+    shape = [3, look.crop_size[0], look.crop_size[0]]
+    return _inputs(shape, look.mean, look.std, look.interpolation.value)
+
+
+def timm_inputs(name: str, weights: str) -> dict[str, Any]:
+    """What timm's weights were trained on, as `Provenance.inputs`. Raises TdlibError without timm."""
+    config = needs("timm.data", "timm").resolve_data_config(
+        pretrained_cfg=_timm_settings(_timm_name(name, weights))
     )
+    return _inputs(config["input_size"], config["mean"], config["std"], config["interpolation"])
+
+
+def _inputs(shape: Sequence[int], mean: Sequence[float], std: Sequence[float], how: str) -> dict[str, Any]:
+    means, stds = (list(map(float, numbers)) for numbers in (mean, std))
+    return {"classes": None, "input_shape": list(shape), "mean": means, "std": stds, "interpolation": how}
+
+
+def _timm_name(name: str, weights: str | None) -> str:
+    return name if weights in (None, "DEFAULT") else f"{name}.{weights}"
+
+
+def _timm_settings(full: str) -> dict[str, Any]:
+    """timm's record of the weights; empty where there is none."""
+    found = needs("timm", "timm").get_pretrained_cfg(full)
+    return found.to_dict() if found else {}
 
 
 def _adapt_input(model: nn.Module, shape: tuple[int, ...] | None) -> None:

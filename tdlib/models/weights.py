@@ -7,12 +7,14 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdlib.errors import ClassCountError, DataError
-from tdlib.files import read_tensors
+from tdlib.files import fits, parse, read_tensors
+from tdlib.network import INPUTS
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # left by DataParallel, torch.compile and Lightning
 
@@ -42,6 +44,14 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     ):
         raise DataError(f"{path} holds no state_dict (a mapping from parameter names to tensors)")
     return dict(found), {}
+
+
+def saved_inputs(path: Path) -> dict[str, Any] | None:
+    """What the weights in a file of `tdlib.save` were trained on; None for other files. Raises DataError."""
+    header = read_state_dict(path)[1].get("tdlib") if path.suffix == ".safetensors" else None
+    about = parse(header, path) if header else {}
+    found = about.get("inputs") if isinstance(about, dict) else None
+    return found if fits(found, INPUTS) else None
 
 
 def load_weights(

@@ -20,6 +20,9 @@ def made(tmp_path_factory):
             pixels[:, :, index] += 150
             (folder / "photos" / name).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / "photos" / name / f"{number}.png")
+    (folder / "unsorted").mkdir()
+    for path in (folder / "photos").rglob("*.png"):
+        (folder / "unsorted" / f"{path.parent.name}{path.name}").write_bytes(path.read_bytes())
     labels = np.arange(40) % 4
     scans = (random.integers(0, 60, (40, 8, 8)) + 45 * labels[:, None, None]).astype(np.uint8)
     np.savez(

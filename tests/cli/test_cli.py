@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -80,6 +82,10 @@ def test_tables_and_json_do_not_need_pandas(user):
 
 
 COMPRESS = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:photos", "--method", "direct"]
+UNSORTED = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:unsorted"]
+UNSORTED += ["--method", "direct", "--out", "x.safetensors"]
+TRAINED = ["compress", "--model", "cnn", "--train-epochs", "1", "--data", "imagefolder:photos"]
+TRAINED += ["--method", "distribution-aware", "--out", "x.safetensors"]
 FOREIGN = ["compress", "--model", "cnn", "--weights", "five.safetensors", "--data", "imagefolder:photos"]
 FOREIGN += ["--out", "x.safetensors"]
 
@@ -96,6 +102,24 @@ FOREIGN += ["--out", "x.safetensors"]
         ([*COMPRESS, "--out", "dense.safetensors"], 2, "--force"),
         ([*COMPRESS, "--out", "no/such/folder.safetensors"], 2, "folder"),
         ([*COMPRESS, "--out", "x.safetensors", "--ratio", "0.5"], 2, "above 1"),
+        ([*COMPRESS, "--out", "x.safetensors", "--ratio", "nan"], 2, "a number above 1"),
+        ([*COMPRESS, "--out", "x.pt"], 2, "must end in .safetensors"),
+        ([*COMPRESS, "--out", "x.safetensors", "--onnx", "x.net"], 2, "must end in .onnx"),
+        ([*COMPRESS, "--out", "folder.safetensors", "--force"], 2, "is a folder"),
+        ([*COMPRESS, "--out", "x.safetensors", "--ratio", "9999"], 1, "reach"),
+        ([*COMPRESS, "--out", "x.safetensors", "--classes", "3"], 2, "leave it out here"),
+        ([*COMPRESS, "--out", "x.safetensors", "--image-size", "24"], 2, "leave --image-size out"),
+        ([*COMPRESS, "--out", "x.safetensors", "--mean", "0.5,0.5,0.5"], 2, "leave --mean out"),
+        ([*COMPRESS, "--out", "x.safetensors", "--mean", "0.5,half"], 1, "mean must be numbers"),
+        ([*COMPRESS, "--out", "x.safetensors", "--data", "imagefolder:others"], 2, "ant, bee, cow, the"),
+        ([*UNSORTED, "--method", "admm"], 2, "has no labels"),
+        ([*UNSORTED, "--set", "finetune_epochs=1"], 2, "has no labels"),
+        ([*UNSORTED, "--train-epochs", "1"], 2, "has no labels"),
+        ([*UNSORTED, "--model", "cnn"], 2, "--classes says how many"),
+        ([*COMPRESS, "--out", "x.safetensors", "--data", "imagefolder:few"], 2, "no test images"),
+        ([*TRAINED, "--ratio", "9999"], 1, "reach"),
+        ([*TRAINED, "--train-lr", "-1"], 1, "lr > 0"),
+        ([*TRAINED, "--train-lr", "1e30"], 1, "--train-lr 1e+30 is too large"),
         ([*COMPRESS, "--out", "x.safetensors", "--by", "weight"], 2, "macs"),
         ([*COMPRESS, "--out", "x.safetensors", "--format", "tuker2"], 2, "tucker2"),
         ([*COMPRESS, "--out", "x.safetensors", "--rule", "unifrom"], 2, "uniform"),
@@ -105,7 +129,7 @@ FOREIGN += ["--out", "x.safetensors"]
         ([*COMPRESS, "--out", "x.safetensors", "--method", "magic"], 2, "direct"),
         ([*COMPRESS, "--out", "x.safetensors", "--data", "imagefolder:none"], 1, "does not exist"),
         ([*COMPRESS, "--out", "x.safetensors", "--device", "cuda:99"], 2, "not available"),
-        ([*COMPRESS, "--out", "x.safetensors", "--data", "npz:scans.npz"], 2, "channels"),
+        ([*COMPRESS, "--out", "x.safetensors", "--data", "npz:scans.npz"], 1, "one for each of"),
         (FOREIGN, 2, "for 5 classes, the data have 3; --train-epochs N"),
         (["compress", "--model", "cnn"], 2, "--data"),
         (["compare", "dense.safetensors", "missing.safetensors"], 2, "does not exist"),
@@ -114,6 +138,12 @@ FOREIGN += ["--out", "x.safetensors"]
     ],
 )  # fmt: skip
 def test_errors_are_one_line_with_an_exit_code(user, arguments, code, words):
+    (user / "folder.safetensors").mkdir()
+    (user / "others").mkdir()
+    for name in ("ant", "bee", "dog"):
+        (user / "others" / name).symlink_to(user / "photos" / name.replace("dog", "cow"))
+        (user / "few" / name).mkdir(parents=True)
+        (user / "few" / name / "0.png").symlink_to(user / "photos" / "ant" / "0.png")
     before = sorted(user.iterdir())
     result = run(*arguments)
     assert result.exit_code == code, result.output + result.stderr
@@ -217,3 +247,82 @@ def test_a_warning_is_one_line(user, monkeypatch):
     result = run("count", "resnet20", "--classes", "10", "--input-shape", "3,32,32")
     assert result.exit_code == 0 and "warning: this is odd\n" in result.stderr
     assert "UserWarning" not in result.stderr
+
+
+def test_a_network_is_measured_as_it_was_trained(user):
+    """At the size, the normalisation and the interpolation that its training had, also through --weights."""
+    start = ["compress", "--model", "cnn", "--train-epochs", "1", "--data", "imagefolder:photos"]
+    start += ["--image-size", "12", "--mean", "0.4,0.5,0.6", "--std", "0.3,0.2,0.1", "--method", "direct"]
+    assert run(*start, "--out", "a.safetensors").exit_code == 0
+    inputs = tdlib.provenance(tdlib.load("a-dense.safetensors")).inputs
+    assert inputs == {
+        "classes": ["ant", "bee", "cow"], "input_shape": [3, 12, 12], "mean": [0.4, 0.5, 0.6],
+        "std": [0.3, 0.2, 0.1], "interpolation": "bilinear",
+    }  # fmt: skip
+    assert tdlib.provenance(tdlib.load("a.safetensors")).inputs == inputs
+    again = ["--data", "imagefolder:photos", "--method", "direct", "--out"]
+    from_file = run("compress", "--model", "a-dense.safetensors", *again, "b.safetensors")
+    said = "inputs: [3, 12, 12], mean [0.4, 0.5, 0.6], std [0.3, 0.2, 0.1], bilinear; as a-dense.safetensors"
+    assert from_file.exit_code == 0 and said in from_file.stderr
+    weights = ["--model", "cnn", "--weights", "a-dense.safetensors"]
+    from_weights = run("compress", *weights, *again, "c.safetensors")
+    assert from_weights.exit_code == 0 and said in from_weights.stderr
+    assert from_weights.stdout == from_file.stdout
+    data = tdlib.data.load("imagefolder:photos", image_size=12, mean=inputs["mean"], std=inputs["std"])
+    dense = tdlib.train.evaluate(tdlib.load("a-dense.safetensors"), data, "test", device="cpu")
+    assert f"{dense['accuracy']:.2f}" in from_file.stdout
+    cost = tdlib.count(tdlib.load("a.safetensors"), (3, 12, 12))
+    assert run("count", "a.safetensors").stdout == f"{cost}\n"
+
+
+def test_images_without_labels_give_agreement_and_no_accuracies(user):
+    result = run(*UNSORTED, "--by", "macs")
+    assert result.exit_code == 0, result.stderr
+    assert "no labels" in result.stderr and "accuracy" not in result.stdout
+    assert "MACs of one input" in result.stdout and "same prediction as dense, %" in result.stdout
+    inputs = tdlib.provenance(tdlib.load("x.safetensors")).inputs
+    assert inputs == tdlib.provenance(tdlib.load("dense.safetensors")).inputs  # classes too
+    named = ["--model", "cnn", "--weights", "five.safetensors", "--force"]
+    assert run(*UNSORTED, *named, "--classes", "5").exit_code == 0
+    wrong = run(*UNSORTED, *named, "--classes", "4")
+    assert wrong.exit_code == 2 and "for 5 classes: --classes 5" in wrong.stderr
+
+
+def test_without_the_packages_of_onnx_nothing_starts(user, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    result = run(*TRAINED, "--onnx", "x.onnx")
+    assert result.exit_code == 1 and "tdlib[onnx]" in result.stderr and "epochs" not in result.stderr
+
+
+def test_a_full_disk_is_seen_before_training(user, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    result = run(*TRAINED)
+    assert result.exit_code == 2 and "1,000 left" in result.stderr and "epochs" not in result.stderr
+
+
+def test_the_trained_network_is_there_when_what_follows_fails(user, monkeypatch):
+    def fail(*_, **__):
+        raise tdlib.errors.NonFiniteError("no")
+
+    monkeypatch.setattr(tdlib, "compress", fail)
+    assert run(*TRAINED).exit_code == 1
+    assert tdlib.load("x-dense.safetensors")(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("folder", [None, "run"])
+def test_signals_end_with_a_line_on_how_to_go_on(user, monkeypatch, number, code, folder):
+    keep = ["--set", f"checkpoint={folder}"] if folder else []
+    compress = tdlib.compress
+    monkeypatch.setattr(tdlib, "compress", lambda *_, **__: signal.raise_signal(number))
+    handler = signal.getsignal(signal.SIGTERM)
+    stopped = run(*TRAINED, *keep)
+    assert stopped.exit_code == code and signal.getsignal(signal.SIGTERM) is handler
+    kept = "run: the same command with --force" if folder else "x-dense.safetensors: --model"
+    assert f"kept in {kept}" in stopped.stderr
+    monkeypatch.setattr(tdlib, "compress", compress)
+    trained = load_file("x-dense.safetensors")
+    went_on = run(*TRAINED, *keep, "--force")
+    assert went_on.exit_code == 0, went_on.stderr
+    again = load_file("x-dense.safetensors")
+    assert all(torch.equal(trained[name], again[name]) for name in trained)

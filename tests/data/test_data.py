@@ -243,17 +243,19 @@ def test_torchvision_set_that_is_nowhere(tmp_path, monkeypatch):
         data.load("svhn", tmp_path)
 
 
-def test_torchvision_folders(tmp_path, monkeypatch):
+def test_torchvision_folders(tmp_path, monkeypatch, capsys):
     import torchvision
 
     class Stored:
         def __init__(self, root, train, download):
+            print("Using downloaded and verified file")
             self.data = torch.zeros(40, 28, 28, dtype=torch.uint8)
             self.targets = torch.arange(40) % 10
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", Stored)
     bundle = data.load("mnist", tmp_path, val_fraction=0.25)
     assert bundle.input_shape == (1, 28, 28) and len(bundle.train) == 30 and len(bundle.test) == 40
+    assert not capsys.readouterr().out
 
 
 def _folder(root, counts, size=(20, 16)):

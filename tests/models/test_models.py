@@ -3,13 +3,15 @@
 import copy
 import sys
 import urllib.error
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import tdlib
 from tdlib import models
-from tdlib.errors import ClassCountError, DataError, TdlibError, UnknownName
+from tdlib.errors import CheckpointError, ClassCountError, DataError, TdlibError, UnknownName
 from tdlib.models import building
 from tdlib.models import weights as weight_files
 from tdlib.network import Provenance, provenance
@@ -237,3 +239,96 @@ def test_weights_that_cannot_be_downloaded_name_the_file_to_provide(monkeypatch)
     monkeypatch.setattr(torchvision.models, "get_model", fail)
     with pytest.raises(DataError, match=r"could not be downloaded.*no route.*resnet18-f37072fd\.pth"):
         models.build("resnet18", 1000, weights="DEFAULT")
+
+
+def test_torchvisions_weights_say_what_they_were_trained_on(monkeypatch, capsys):
+    import torchvision
+
+    size = {"resnet18": (224, "bilinear"), "inception_v3": (299, "bilinear"), "swin_v2_t": (256, "bicubic")}
+    for name, (side, interpolation) in size.items():
+        inputs = models.inputs_of(name, "DEFAULT")
+        assert inputs["input_shape"] == [3, side, side] and inputs["interpolation"] == interpolation
+        assert inputs["mean"] == [0.485, 0.456, 0.406] and inputs["classes"] is None
+    assert models.inputs_of("resnet18", None) is None
+    with pytest.raises(UnknownName, match="IMAGENET1K_V1"):
+        models.inputs_of("torchvision:resnet18", "IMAGENET")
+    get_model = torchvision.models.get_model
+
+    def downloaded(name, weights, **options):
+        if weights:
+            print("Downloading")
+        return get_model(name, weights=None)
+
+    monkeypatch.setattr(torchvision.models, "get_model", downloaded)
+    net = models.build("squeezenet1_1", 1000, weights="DEFAULT")
+    assert provenance(net).inputs == models.inputs_of("squeezenet1_1", "DEFAULT")
+    assert provenance(models.build("squeezenet1_1", 1000)).inputs is None
+    grey = models.build("squeezenet1_1", 5, weights="DEFAULT", new_head=True, input_shape=(1, 64, 64))
+    assert provenance(grey).inputs is None  # its first convolution is fresh
+    said = capsys.readouterr()
+    assert "Downloading" in said.err and not said.out
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """As much of timm as is called, with one network."""
+    record = {"input_size": (3, 224, 224), "mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": 1000}
+    config = SimpleNamespace(to_dict=lambda: record)
+
+    def create_model(name, pretrained, num_classes, in_chans):
+        if pretrained and name == "mixer.gone":
+            raise OSError("no route to host")
+        net = models.SmallCNN(num_classes, in_chans, width=4)
+        net.made_as = (name, pretrained)
+        return net
+
+    fake = ModuleType("timm")
+    fake.__version__, fake.list_models, fake.create_model = "1.0", lambda: ["mixer"], create_model
+    fake.get_pretrained_cfg = lambda name: {"mixer": config, "mixer.gone": config}.get(name)
+    fake.data = ModuleType("timm.data")
+    fake.data.resolve_data_config = lambda pretrained_cfg: {"interpolation": "bicubic", **pretrained_cfg}
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    monkeypatch.setitem(sys.modules, "timm.data", fake.data)
+
+
+@pytest.mark.usefixtures("timm")
+def test_timms_weights_say_what_they_were_trained_on():
+    net = models.build("timm:mixer", 1000, weights="DEFAULT")
+    assert net.made_as == ("mixer", True)
+    assert provenance(net).inputs == {
+        "classes": None, "input_shape": [3, 224, 224], "mean": [0.5] * 3, "std": [0.5] * 3,
+        "interpolation": "bicubic",
+    }  # fmt: skip
+    assert provenance(models.build("timm:mixer", 10)).inputs is None
+
+
+@pytest.mark.usefixtures("timm")
+def test_timms_weights_are_refused_as_torchvisions_are():
+    with pytest.raises(ClassCountError, match="'DEFAULT' of timm:mixer is for 1000 classes, the model has 5"):
+        models.build("timm:mixer", 5, weights="DEFAULT")
+    assert models.build("timm:mixer", 5, weights="DEFAULT", new_head=True).linear.out_features == 5
+    with pytest.raises(DataError, match=r"'gone' of timm:mixer could not be loaded \(no route.*HF_HUB"):
+        models.build("timm:mixer", 1000, weights="gone")
+    with pytest.raises(UnknownName, match="mixer"):
+        models.build("timm:mixture", 10)
+
+
+def test_weights_from_a_saved_network_bring_its_inputs(tmp_path):
+    inputs = {
+        "classes": ["a", "b", "c"], "input_shape": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3,
+        "interpolation": "bilinear",
+    }  # fmt: skip
+    net = models.build("cnn", 3, input_shape=(3, 8, 8))
+    provenance(net).inputs = inputs
+    tdlib.save(net, tmp_path / "a.safetensors")
+    assert models.inputs_of("cnn", tmp_path / "a.safetensors") == inputs
+    same = models.build("cnn", 3, input_shape=(3, 8, 8), weights=tmp_path / "a.safetensors")
+    assert provenance(same).inputs == inputs
+    other = models.build("cnn", 4, input_shape=(3, 8, 8), weights=tmp_path / "a.safetensors", new_head=True)
+    assert provenance(other).inputs == inputs | {"classes": None}
+    provenance(net).inputs = inputs | {"mean": "0.5"}
+    tdlib.save(net, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="inputs"):
+        tdlib.load(tmp_path / "b.safetensors")
+    save_file(net.state_dict(), tmp_path / "c.safetensors")
+    assert models.inputs_of("cnn", tmp_path / "c.safetensors") is None
