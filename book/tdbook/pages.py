@@ -12,13 +12,14 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import yaml
 
-from tdbook import imagenet_cost, reference, status, tables
+from tdbook import imagenet_cost, papers, reference, status, tables
 from tdbook.claims import load_claims
 from tdbook.figures import benchmarks as figure
 from tdbook.paths import BOOK, BUILD, NOTEBOOKS, RESULTS, ROOT
@@ -51,6 +52,11 @@ def verdicts() -> list[Verdict]:
 def status_tables() -> str:
     """The tables "Reproduction status": all claims."""
     return status.markdown(verdicts())
+
+
+def claims_of(paper: str) -> str:
+    """The same of one paper, for its chapter."""
+    return status.markdown([verdict for verdict in verdicts() if verdict.claim.paper == paper])
 
 
 def amendments() -> str:
@@ -195,6 +201,7 @@ def _benchmark_row(row: dict[str, Any]) -> dict[str, Any]:
 #: Generated pieces: path in the staged ``book`` folder -> function that gives its markdown.
 GENERATED: dict[str, Callable[[], str]] = {
     "_generated/status.md": status_tables,
+    **{f"_generated/claims-{key}.md": partial(claims_of, key) for key in papers.available()},
     "_generated/amendments.md": amendments,
     "_generated/map.md": chapter_map,
     "_generated/records.md": records,

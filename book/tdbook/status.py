@@ -123,10 +123,9 @@ def _runs(found: Finding) -> str | None:
     """Scale and numbers: "full; 3 seeds, 10000 test images"."""
     if found.reading == NOT_RUN:
         return None
-    scales = " and ".join(dict.fromkeys(scale.partition(":")[0] for scale in found.scales))
     numbers = [f"{found.seeds} seed{'s' if found.seeds != 1 else ''}"]
     numbers += [f"{found.images} test images"] if found.images is not None else []
-    return f"{scales}; {', '.join(numbers)}"
+    return f"{' / '.join(found.scales)}; {', '.join(numbers)}"
 
 
 def _sides(found: Finding, unit: str) -> str | None:
@@ -158,13 +157,11 @@ def _verdict(found: Finding, claim: Claim) -> str:
 
 
 def _reduced(found: Finding | None, claim: Claim) -> str | None:
-    """What reduced runs say: "reduced: −1.33 points, 48.83 % against 50.16 % (1 seed): inconclusive"."""
+    """What reduced runs say, after their scale: "reduced: 9 epochs; 2 seeds: +0.20 points: inconclusive"."""
     if found is None:
         return None
-    figures = [_difference(found, claim), _sides(found, claim.measure.unit)]
-    numbers = f"{found.seeds} seed{'s' if found.seeds != 1 else ''}"
-    said = "; ".join([found.reading, *found.why])
-    return f"reduced: {', '.join([*filter(None, figures), numbers])}: {said}"
+    figures = ", ".join(filter(None, [_difference(found, claim), _sides(found, claim.measure.unit)]))
+    return ": ".join(filter(None, [_runs(found), figures, "; ".join([found.reading, *found.why])]))
 
 
 def _former(rule: Former, read: Reading) -> str:
