@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdlib.calibration.passes import inputs_of, no_inputs, placed, threads_for
+from tdlib.calibration.passes import channel_axis, inputs, no_inputs, placed, threads_for
 from tdlib.calibration.statistics import Statistics
 from tdlib.errors import DataError
 from tdlib.formats import to_dense
@@ -36,8 +36,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
             for norm in norms:
                 norm.momentum = None
                 norm.train()
-            for batch in batches:
-                x = inputs_of(batch)
+            for x in inputs(batches):
                 if seen == 0:
                     for norm in norms:
                         norm.reset_running_stats()
@@ -95,12 +94,13 @@ def shift_output(model: nn.Module, name: str, shift: Tensor, example: Tensor) ->
 
 @torch.no_grad()
 def norm_behind(model: nn.Module, layer: nn.Module, example: Tensor) -> BatchNorm | None:
-    """The BatchNorm that receives the output of `layer` itself, found by one forward pass of `example`."""
+    """The BatchNorm that receives the output of `layer` itself and normalises its channels, found by one
+    forward pass of `example`."""
     found: list[BatchNorm] = []
     output: list[Tensor] = []
 
     def arrived(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if output and args[0] is output[-1]:
+        if output and args[0] is output[-1] and channel_axis(layer, args[0]) == 1:
             found.append(norm)  # type: ignore[arg-type]
 
     with evaluating(model), ExitStack() as hooks:

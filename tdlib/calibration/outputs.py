@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdlib.calibration.passes import inputs_of, placed, threads_for
+from tdlib.calibration.passes import inputs, placed, threads_for
 from tdlib.network import evaluating
 
 
@@ -18,8 +18,7 @@ def logits(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Outputs of the model in eval mode, (inputs, classes), float32 on the CPU."""
     found = []
     with evaluating(model):
-        for batch in batches:
-            x = inputs_of(batch)
+        for x in inputs(batches):
             with threads_for(model, x.numel()):
                 found.append(model(placed(model, x)).float().cpu())
     return torch.cat(found)

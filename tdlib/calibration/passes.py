@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tdlib.decompositions.linalg import one_thread
 from tdlib.errors import DataError, NonFiniteError
@@ -29,8 +30,8 @@ def calibration_batches(
     if hasattr(data, "batches"):
         size = min(batch_size, len(data.train), samples)
         source = data.batches("train", size, device=device, seed=seed, shuffle=True, drop_last=False)
-    inputs = (inputs_of(batch).to(device) for batch in source)
-    kept = [x for x in limited(inputs, samples) if len(x)]
+    placed_ones = (x.to(device) for x in inputs(source))
+    kept = [x for x in limited(placed_ones, samples) if len(x)]
     if not kept:
         raise DataError(
             "no calibration inputs: give a Bundle with training images, or an iterable of batches"
@@ -47,15 +48,33 @@ def limited(batches: Iterable[Tensor], samples: int) -> Iterator[Tensor]:
             return
 
 
+def inputs(batches: Iterable[Any], title: str = "", progress: bool = False) -> Iterator[Tensor]:
+    """The input tensors of the batches, with a bar of this title where `progress`.
+
+    Raises: DataError for one tensor instead of batches, and as `inputs_of`.
+    """
+    if isinstance(batches, Tensor):
+        raise DataError(
+            f"calibration inputs come in batches, got one tensor of shape {tuple(batches.shape)}: pass "
+            "[inputs], or inputs.split(64)"
+        )
+    for batch in tqdm(batches, title, unit="batch", disable=not progress):
+        yield inputs_of(batch)
+
+
 def inputs_of(batch: Any) -> Tensor:
     """The input tensor of a batch given as inputs or as an (inputs, labels, ...) tuple or list.
 
-    Raises: DataError for anything else.
+    Raises: DataError for anything else, and for bytes (pixels that are not normalised).
     """
     x = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(x, Tensor):
         raise DataError(
             f"calibration batches must be tensors or (inputs, labels) pairs, got {type(batch).__name__}"
+        )
+    if x.dtype == torch.uint8:
+        raise DataError(
+            "calibration inputs are bytes (uint8): normalise them as for training, (x / 255 - mean) / std"
         )
     return x
 
@@ -77,10 +96,22 @@ def no_inputs() -> DataError:
     return DataError("the calibration data is empty: `batches` gave no inputs")
 
 
-def check_finite(name: str, x: Tensor) -> None:
-    """Raises: NonFiniteError naming the layer if its input x holds NaN or Inf."""
+def check_finite(what: str, x: Tensor) -> None:
+    """Raises: NonFiniteError naming `what` if x holds NaN or Inf."""
     if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # a sum alone may overflow
-        raise NonFiniteError(f"the input of layer {name!r} holds NaN or Inf on the calibration data")
+        raise NonFiniteError(f"{what} holds NaN or Inf on the calibration data")
+
+
+def rows_of(layer: nn.Module, out: Tensor) -> Tensor:
+    """(positions, O) of a tensor at the layer's output, which may have any leading axes."""
+    out = out.movedim(channel_axis(layer, out), -1)
+    return out.reshape(-1, out.shape[-1])
+
+
+def channel_axis(layer: nn.Module, out: Tensor) -> int:
+    """Of the output of a layer, replaced or not: before the positions of a convolution, last for a linear
+    one."""
+    return out.ndim - 1 - len(getattr(layer, "kernel_size", ()))
 
 
 @torch.no_grad()
@@ -94,7 +125,7 @@ def run(model: nn.Module, batches: Iterable[Any], taps: Mapping[str, Callable[[T
     def tap(name: str, update: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            check_finite(name, x)
+            check_finite(f"the input of layer {name!r}", x)
             update(x)
 
         return hook
@@ -104,8 +135,7 @@ def run(model: nn.Module, batches: Iterable[Any], taps: Mapping[str, Callable[[T
         for name, update in taps.items():
             layer = model.get_submodule(name)
             hooks.enter_context(layer.register_forward_pre_hook(tap(name, update)))
-        for batch in batches:
-            x = inputs_of(batch)
+        for x in inputs(batches):
             seen += len(x)
             with threads_for(model, x.numel()):
                 model(placed(model, x))

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tdlib.calibration.moments import accumulator
-from tdlib.calibration.passes import check_finite, inputs_of, no_inputs, placed, threads_for
+from tdlib.calibration.passes import check_finite, inputs, no_inputs, placed, rows_of, threads_for
 from tdlib.errors import DataError
 from tdlib.network import evaluating
 
@@ -32,41 +33,62 @@ def fisher(
     output.
 
     g is the gradient of the cross-entropy with a label drawn from softmax(logits / temperature). A higher
-    temperature lets inputs speak on which the network is already certain (training images above all).
-    Raises: DataError for no batch.
+    temperature lets inputs speak on which the network is already certain (training images above all). What
+    a layer computes in several calls adds up.
+    Raises: DataError for no batch and for a network whose output is not (inputs, classes), NonFiniteError
+    where that is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    outputs: dict[str, Tensor] = {}
-    totals: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    outputs: list[tuple[str, GradientEdge]] = []
+    totals: dict[str, Tensor] = {
+        name: layer.weight.new_zeros(len(layer.weight), len(layer.weight), dtype=torch.float64)
+        for name, layer in layers.items()
+    }
     seen = 0
 
     def keep(name: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, __: tuple[Any, ...], out: Tensor) -> Tensor:
-            outputs[name] = out = out if out.requires_grad else out.detach().requires_grad_()
+            if not out.requires_grad:
+                out = out.detach().requires_grad_().clone()  # a leaf itself may not be changed in place
+            outputs.append((name, get_gradient_edge(out)))  # `out` itself an in-place ReLU would overwrite
             return out
 
         return hook
 
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
-        for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
-        for batch in batches:
-            x = inputs_of(batch)
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(keep(name)))
+        for x in inputs(batches):
             outputs.clear()
             with threads_for(model, x.numel()):
-                logits = model(placed(model, x)) / temperature
+                logits = class_scores(model(placed(model, x)), len(x)) / temperature
                 chances = logits.detach().softmax(-1).cpu()
                 labels = torch.multinomial(chances, 1, generator=generator).flatten()
                 loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-                gradients = torch.autograd.grad(loss, [outputs[n] for n in names])
-                for name, g in zip(names, gradients, strict=True):
-                    g = g.flatten(2).transpose(1, 2) if g.ndim == 4 else g
-                    rows = g.reshape(-1, g.shape[-1])
-                    totals[name] = totals.get(name, 0) + (rows.T @ rows).double()
+                gradients = torch.autograd.grad(loss, [edge for _, edge in outputs], allow_unused=True)
+                for (name, _), g in zip(outputs, gradients, strict=True):
+                    if g is not None:  # what is computed but not used does no harm
+                        rows = rows_of(layers[name], g)
+                        totals[name] += rows.T @ rows
             seen += len(x)
     if seen == 0:
         raise no_inputs()
     return {n: (totals[n] / seen).cpu() for n in names}
+
+
+def class_scores(found: Any, count: int) -> Tensor:
+    """The output of a network for `count` inputs. Raises: DataError unless it is (count, classes),
+    NonFiniteError."""
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != count:
+        shape = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        raise DataError(
+            f"weights of the outputs need class scores (inputs, classes); for {count} inputs the network "
+            f"gives a {type(found).__name__} {shape}: wrap it so that it returns them, or go without "
+            "(output_weights=False; weigh_outputs=False in compress)"
+        )
+    check_finite("the network's output", found.detach())
+    return found
 
 
 def damped(H: Tensor, share: float = 0.03) -> Tensor:
@@ -106,11 +128,10 @@ def paired(dense: nn.Module, compressed: nn.Module, name: str, batches: Iterable
     first, second = dense.get_submodule(name), compressed.get_submodule(name)
     own, cross = accumulator(second, name), accumulator(first, name, cross=True)
     with evaluating(dense), evaluating(compressed):
-        for batch in batches:
-            x = inputs_of(batch)
+        for x in inputs(batches):
             with threads_for(dense, x.numel()):
                 before, after = reach(dense, first, x), reach(compressed, second, x)
-                check_finite(name, after)
+                check_finite(f"the input of layer {name!r}", after)
                 own.update(after)
                 cross.update(before, after)
     if own.count == 0:

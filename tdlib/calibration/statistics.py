@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from tdlib.calibration.moments import accumulator
-from tdlib.calibration.passes import run
+from tdlib.calibration.moments import Moments, accumulator
+from tdlib.calibration.passes import inputs, run
 from tdlib.calibration.sensitivity import TEMPERATURE, damped, fisher
 from tdlib.errors import CheckpointError, DataError
 from tdlib.files import SUM, fits, parse, read_tensors, write_tensors
@@ -120,56 +119,62 @@ def statistics(
     random output positions of every image (drawn from `seed`) instead of all; the relative error of Sigma
     falls as 1/sqrt(images * positions). output_weights: also take the Fisher information at the layers'
     outputs (`Statistics.weights`). progress: show bars. Layers that saw fewer patches than Sigma has rows
-    warn and are shrunk, see `shrinkage_for`.
+    warn and are shrunk, see `shrinkage_for`. Layers that `batches` never reach (unused in eval mode, or their
+    weight is used directly) are left out with one warning.
 
     Runs in eval mode and restores every module's mode.
-    Raises: DataError for no batch or no layer, NonFiniteError naming the layer whose input is not finite.
+    Raises: DataError for no batch or no layer, or one named in full that is never reached; NonFiniteError
+    naming the layer whose input is not finite.
     """
-    chosen = measurable(model, layers)
+    patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    chosen = measurable(model, patterns)
     generator = torch.Generator().manual_seed(seed)
     if output_weights:
-        batches = list(batches)  # gone through twice
+        batches = list(inputs(batches))  # gone through twice
     moments = {n: accumulator(m, n, positions, generator) for n, m in chosen.items()}
-    shown = tqdm(batches, "statistics", unit="batch", disable=not progress)
-    run(model, shown, {n: m.update for n, m in moments.items()})
+    run(model, inputs(batches, "statistics", progress), {n: m.update for n, m in moments.items()})
+    leave_out([n for n, m in moments.items() if m.count == 0], moments, patterns)
     sigmas, means, counts = {}, {}, {}
     for name, moment in moments.items():
-        if moment.count == 0:
-            raise DataError(
-                f"layer {name!r} was never reached by the calibration data; leave it out of `layers`"
-            )
         sigma, means[name] = moment.result()
         counts[name] = moment.count
         sigmas[name] = shrink(sigma, shrinkage_for(name, len(sigma), moment.count))
     if not output_weights:
         return Statistics(sigmas, means, counts)
-    again = tqdm(batches, "sensitivity", unit="batch", disable=not progress)
-    found = fisher(model, again, list(chosen), temperature=TEMPERATURE, seed=seed)
+    again = inputs(batches, "sensitivity", progress)
+    found = fisher(model, again, list(sigmas), temperature=TEMPERATURE, seed=seed)
     return Statistics(sigmas, means, counts, {n: damped(h) for n, h in found.items()})
 
 
-def measurable(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
-    """Name -> module of the layers whose statistics can be taken, restricted to the names or globs in
-    `layers`.
-    """
+def measurable(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Name -> module of the layers whose statistics can be taken and that match a name or glob. Raises:
+    DataError."""
     known: dict[str, nn.Module] = {
         n: m
         for n, m in model.named_modules()
         if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
     }
-    if layers is None:
-        chosen = known
-    else:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        for pattern in patterns:
-            if not any(fnmatch(n, pattern) for n in known):
-                raise DataError(
-                    f"no Conv2d (groups 1) or Linear layer matches {pattern!r}; there are: {', '.join(known)}"
-                )
-        chosen = {n: m for n, m in known.items() if any(fnmatch(n, p) for p in patterns)}
-    if not chosen:
+    if not known:
         raise DataError("the model has no Conv2d (groups 1) or Linear layer to take statistics of")
-    return chosen
+    for pattern in patterns:
+        if not any(fnmatch(n, pattern) for n in known):
+            raise DataError(
+                f"no Conv2d (groups 1) or Linear layer matches {pattern!r}; there are: {', '.join(known)}"
+            )
+    return {n: m for n, m in known.items() if any(fnmatch(n, p) for p in patterns)}
+
+
+def leave_out(missed: list[str], moments: dict[str, Moments], patterns: Sequence[str]) -> None:
+    """Drop the layers that were never reached, with one warning. Raises: DataError where one of them is named
+    in full among the patterns, or where none is left."""
+    why = "the calibration data never reaches them (unused in eval mode, or their weight is used directly)"
+    named = sorted(set(missed) & set(patterns))
+    if named or len(missed) == len(moments):
+        raise DataError(f"no statistics of {', '.join(named or missed)}: {why}; leave them out of `layers`")
+    for name in missed:
+        del moments[name]
+    if missed:
+        warnings.warn(f"layers left out of the statistics: {', '.join(missed)}; {why}", stacklevel=3)
 
 
 def shrinkage_for(name: str, size: int, count: int) -> float:

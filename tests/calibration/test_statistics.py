@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from tdlib.calibration import TEMPERATURE, damped, fisher, load_statistics, paired, statistics
+import tdlib
+from tdlib.calibration import (
+    TEMPERATURE,
+    damped,
+    fisher,
+    load_statistics,
+    logits,
+    paired,
+    recalibrate_batchnorm,
+    statistics,
+)
 from tdlib.calibration.moments import padded
 from tdlib.calibration.statistics import shrinkage_for
 from tdlib.errors import CheckpointError, DataError, NonFiniteError
@@ -181,3 +191,56 @@ def test_paired_statistics_of_two_networks(options):
     torch.testing.assert_close(found.cross, a.T @ b / len(a), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(found.mean, b.mean(0), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(found.dense_mean, a.mean(0), atol=1e-6, rtol=1e-6)
+
+
+class Aside(nn.Module):
+    """A layer that runs, one that runs in training alone, and one whose weight is used directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.auxiliary, self.direct = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.used(x)
+        return self.auxiliary(x) if self.training else F.linear(x, self.direct.weight)
+
+
+@pytest.mark.parametrize("layers", [None, "*", ["used", "*i*"]])
+def test_layers_that_are_never_reached_are_left_out_with_one_warning(layers):
+    with pytest.warns(UserWarning, match="auxiliary, direct; .* never reaches") as caught:
+        stats = statistics(Aside(), [torch.randn(20, 4)], layers, output_weights=True)
+    assert len(caught) == 1 and list(stats) == list(stats.weights) == ["used"]
+    small = tdlib.plan(Aside(), (4,), "svd", ranks={"*": (1,)}, skip=(), statistics=stats)
+    assert list(tdlib.decompose(Aside(), small, stats).state_dict())[:2] == ["used.0.weight", "used.1.weight"]
+
+
+def test_a_layer_named_in_full_must_be_reached():
+    with pytest.raises(DataError, match="no statistics of direct"):
+        statistics(Aside(), [torch.randn(20, 4)], ["used", "direct"])
+    with pytest.raises(DataError, match="no statistics of auxiliary, direct"):
+        statistics(Aside(), [torch.randn(20, 4)], "*[ic]*")
+
+
+def calls(model, data):
+    return {
+        "statistics": lambda: statistics(model, data),
+        "with weights": lambda: statistics(model, data, output_weights=True),
+        "fisher": lambda: fisher(model, data, ["0"]),
+        "recalibrate": lambda: recalibrate_batchnorm(model, data),
+        "outputs": lambda: logits(model, data),
+        "compress": lambda: tdlib.compress(model, "distribution-aware", data, ratio=1.5),
+    }
+
+
+@pytest.mark.parametrize("name", calls(None, None))
+def test_one_tensor_and_bytes_are_refused(name):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    with pytest.raises(DataError, match=r"one tensor of shape \(9, 8\): pass \[inputs\]"):
+        calls(model, torch.randn(9, 8))[name]()
+    with pytest.raises(DataError, match=r"uint8.*x / 255"):
+        calls(model, [torch.zeros(9, 8, dtype=torch.uint8)])[name]()
+
+
+def test_integers_are_inputs_of_embeddings():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3))
+    assert statistics(model, [torch.randint(0, 7, (30, 3))])["2"].shape == (12, 12)

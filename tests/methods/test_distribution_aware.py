@@ -291,3 +291,27 @@ def test_progress_shows_every_stage_and_changes_nothing(trained, digits, capsys,
     bars = capsys.readouterr().err
     assert all(stage in bars for stage in ("statistics", "sensitivity", "ranks", "decomposition"))
     assert same_weights(quiet, shown)
+
+
+class Grid(torch.nn.Module):
+    """As ConvNeXt and Swin have it: linear layers on (N, H, W, C), here with H equal to their outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 2, 2)
+        self.wide, self.narrow = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        x = x + self.narrow(torch.nn.functional.gelu(self.wide(x)))
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("size", [32, 16, 12])
+def test_linear_layers_on_grids_are_compressed_by_default(size):
+    torch.manual_seed(0)
+    model, batches = Grid().eval(), [torch.randn(20, 3, size, size) for _ in range(2)]
+    small = tdlib.compress(model, "distribution-aware", batches, ratio=1.3, progress=False)
+    assert {"wide", "narrow"} & set(tdlib.provenance(small).layers)
+    assert small(batches[0]).shape == (20, 5)
