@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 from tdlib.formats.base import (
     FORMATS,
     KINDS,
+    SPATIAL,
     Factors,
     Format,
     KernelFormat,
@@ -28,6 +29,7 @@ for _module in iter_modules(__path__):
 __all__ = [
     "FORMATS",
     "KINDS",
+    "SPATIAL",
     "Factors",
     "Format",
     "KernelFormat",

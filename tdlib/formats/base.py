@@ -7,8 +7,8 @@ A `LayerPlan` (format, ranks, options) is what a plan holds of each layer, and w
 
 To add a format, write one file in this folder: a subclass of `KernelFormat` and a call of `register`.
 
-Kernel shapes are torch's: convolution (O, I, kh, kw), linear (O, I). A 1×1 convolution is of the kind
-"pointwise".
+Kernel shapes are torch's: convolution (O, I, kh, kw), in 1-D (O, I, k), in 3-D (O, I, kt, kh, kw), linear
+(O, I). A 1×1 convolution is of the kind "pointwise".
 """
 
 from __future__ import annotations
@@ -35,16 +35,23 @@ Ranks = tuple[int, ...]
 Shape = tuple[int, ...]
 Factors = list[Tensor]
 
-KINDS = ("conv", "pointwise", "linear")
+SPATIAL = ("conv", "conv1d", "conv3d")
+POINTWISE = ("pointwise", "pointwise1d", "pointwise3d")
+KINDS = (*SPATIAL, *POINTWISE, "linear")
 
 
 def kind_of(shape: Sequence[int]) -> str:
-    """The kind of a kernel shape: "linear" for (O, I), "pointwise" for (O, I, 1, 1), else "conv"."""
-    if len(shape) == 2:
+    """The kind of a kernel shape: "linear" for (O, I), "pointwise" for (O, I, 1, 1), else "conv"; with
+    "1d" or "3d" behind it for (O, I, k) and (O, I, kt, kh, kw)."""
+    dimensions = len(shape) - 2
+    if dimensions == 0:
         return "linear"
-    if len(shape) == 4:
-        return "pointwise" if tuple(shape[2:]) == (1, 1) else "conv"
-    raise TdlibError(f"a kernel has shape (O, I) or (O, I, kh, kw), not {tuple(shape)}")
+    if dimensions not in (1, 2, 3):
+        raise TdlibError(
+            f"a kernel has shape (O, I), (O, I, k), (O, I, kh, kw) or (O, I, kt, kh, kw), not {tuple(shape)}"
+        )
+    kind = "pointwise" if set(shape[2:]) == {1} else "conv"
+    return kind if dimensions == 2 else f"{kind}{dimensions}d"
 
 
 def as_float(weight: Tensor) -> Tensor:
@@ -98,11 +105,11 @@ class KernelFormat:
 
     def macs(self, ranks: Ranks, hw_in: Shape, hw_out: Shape) -> int:
         """Multiply-accumulates of the layer for one input; hw_in, hw_out: height and width of its input and
-        output map, (positions, 1) for a linear layer."""
+        output map (as many extents as the convolution has dimensions), (positions, 1) for a linear layer."""
         raise TypeError(f"{type(self).__name__} must define macs")
 
     def module(self, layer: Any, factors: Factors) -> nn.Module:
-        """What computes `layer`, an nn.Conv2d or nn.Linear, through the factors: same device, dtype, mode
+        """What computes `layer`, a convolution or nn.Linear, through the factors: same device, dtype, mode
         and bias, with a method `kernel()`."""
         raise TypeError(f"{type(self).__name__} must define module")
 
@@ -229,7 +236,7 @@ class KernelFormat:
 class Format:
     """A row of the registry: what a format makes of each kind of layer.
 
-    kinds: "conv", "pointwise", "linear" -> how a kernel of that kind is held. factored: the same where an
+    kinds: a kind of `KINDS` -> how a kernel of that kind is held. factored: the same where an
     option is given (channels as products of smaller modes). options: names that `bind` takes.
     """
 

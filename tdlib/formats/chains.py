@@ -1,4 +1,4 @@
-"""Chains of plain nn.Conv2d and nn.Linear that compute a factorised layer.
+"""Chains of plain convolutions (in one to three dimensions) or nn.Linear that compute a factorised layer.
 
 The first member sees the layer's input channels, the last one carries the bias. Stride, padding, dilation
 and padding mode live in the spatial convolution(s); the 1×1 around them have none.
@@ -7,9 +7,9 @@ and padding mode live in the spatial convolution(s); the 1×1 around them have n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from tdlib.errors import TdlibError
 
-Layer = nn.Conv2d | nn.Linear
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = Conv | nn.Linear
 
 
 #: What a layer says of itself.
@@ -44,7 +45,7 @@ class Factorised(nn.Module):
         return self.kernel()
 
     def kernel(self) -> Tensor:
-        """The kernel (O, I, kh, kw) or matrix (O, I); differentiable, bias left out."""
+        """The kernel (O, I, ...) or matrix (O, I); differentiable, bias left out."""
         raise TypeError(f"{type(self).__name__} must define kernel")
 
 
@@ -58,7 +59,7 @@ class Chain(Factorised, nn.Sequential):
         return last.bias
 
     def kernel(self) -> Tensor:
-        """The kernel (O, I, kh, kw) or matrix (O, I) of the whole chain; differentiable, bias left out."""
+        """The kernel (O, I, ...) or matrix (O, I) of the whole chain; differentiable, bias left out."""
         first, *others = self
         return reduce(_after, others, to_dense(first))
 
@@ -75,21 +76,21 @@ class Chain(Factorised, nn.Sequential):
 
 
 def computes_plainly(layer: nn.Module) -> bool:
-    """Whether the layer computes what nn.Conv2d or nn.Linear compute, from a weight of its own: a subclass
-    with a forward of its own does not, nor does a layer with a parametrised weight."""
-    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    """Whether the layer computes what torch's convolutions or nn.Linear compute, from a weight of its own: a
+    subclass with a forward of its own does not, nor does a layer with a parametrised weight."""
+    plain = next((kind for kind in get_args(Layer) if isinstance(layer, kind)), None)
     names = ("forward", "_conv_forward")
     same = all(getattr(type(layer), name, None) is getattr(plain, name, None) for name in names)
-    return isinstance(layer, plain) and same and not parametrize.is_parametrized(layer)
+    return plain is not None and same and not parametrize.is_parametrized(layer)
 
 
 def to_dense(module: nn.Module) -> Tensor:
-    """The kernel (O, I, kh, kw) or matrix (O, I) that a layer applies, replaced or not; differentiable, bias
+    """The kernel (O, I, ...) or matrix (O, I) that a layer applies, replaced or not; differentiable, bias
     left out. Raises: TdlibError for a module that has none."""
     own: Any = getattr(module, "kernel", None)
     if own is not None:
         return own()
-    if not isinstance(module, nn.Conv2d | nn.Linear) or getattr(module, "groups", 1) != 1:
+    if not isinstance(module, Layer) or getattr(module, "groups", 1) != 1:
         raise TdlibError(
             f"{type(module).__name__} is no layer with a dense kernel (nor a grouped convolution)"
         )
@@ -97,17 +98,22 @@ def to_dense(module: nn.Module) -> Tensor:
 
 
 def _after(first: Tensor, member: nn.Module) -> Tensor:
-    """The kernel of `member` applied after the kernel `first` (r, I, a, b) or (r, I).
+    """The kernel of `member` applied after the kernel `first` (r, I, ...) or (r, I).
 
     Along each axis only one of the two has extent, so spatial positions never add up.
     """
-    if isinstance(member, nn.Conv2d) and member.groups > 1:  # depthwise
-        product = torch.einsum("rcd,riab->riacbd", member.weight[:, 0], first)
-        return product.flatten(4, 5).flatten(2, 3)
-    second = to_dense(member)
-    if first.ndim == 2:
-        return second @ first
-    return torch.einsum("orcd,riab->oiacbd", second, first).flatten(4, 5).flatten(2, 3)
+    axes = range(first.ndim - 2)
+    a, b, both = "abc"[: len(axes)], "xyz"[: len(axes)], "axbycz"[: 2 * len(axes)]
+    if isinstance(member, Conv) and member.groups > 1:  # depthwise
+        product = torch.einsum(f"r{b},ri{a}->ri{both}", member.weight[:, 0], first)
+    else:
+        second = to_dense(member)
+        if not axes:
+            return second @ first
+        product = torch.einsum(f"or{b},ri{a}->oi{both}", second, first)
+    for axis in reversed(axes):
+        product = product.flatten(2 + 2 * axis, 3 + 2 * axis)
+    return product
 
 
 def parameter(layer: Layer, value: Tensor) -> nn.Parameter:
@@ -130,12 +136,9 @@ def finish(layer: Layer, module: nn.Module) -> nn.Module:
         if hasattr(layer, name):
             setattr(module, name, getattr(layer, name))
     weight = layer.weight
-    if (
-        weight.ndim == 4
-        and weight.is_contiguous(memory_format=torch.channels_last)
-        and not weight.is_contiguous()
-    ):
-        module = module.to(memory_format=torch.channels_last)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    if last and weight.is_contiguous(memory_format=last) and not weight.is_contiguous():
+        module = module.to(memory_format=last)
     return module.train(layer.training)
 
 
@@ -148,42 +151,51 @@ def linear(layer: Layer, weight: Tensor, last: bool = False) -> nn.Linear:
 
 
 def conv(
-    layer: nn.Conv2d,
+    layer: Any,
     weight: Tensor,
     *,
-    rows: bool = False,
-    cols: bool = False,
+    axes: Iterable[int] = (),
     groups: int = 1,
     last: bool = False,
-) -> nn.Conv2d:
-    """A convolution member with weight (o, i / groups, a, b).
+) -> Any:
+    """A convolution member of the layer's number of dimensions with weight (o, i / groups, ...); a matrix
+    (o, i) is of size 1 along all of them.
 
-    rows, cols: take over the layer's stride, padding and dilation along height, width (and the padding mode).
+    axes: the dimensions (0, 1, ...) along which the layer's stride, padding and dilation are taken over (and
+    the padding mode); `all_axes` gives every one.
     """
+    chosen, dimensions = set(axes), len(layer.kernel_size)
+    weight = weight.reshape(*weight.shape[:2], *(weight.shape[2:] or [1] * dimensions))
 
-    def pick(values: Sequence[int], otherwise: int) -> tuple[int, int]:
-        return (values[0] if rows else otherwise, values[1] if cols else otherwise)
+    def pick(values: Sequence[int], otherwise: int) -> tuple[int, ...]:
+        return tuple(values[k] if k in chosen else otherwise for k in range(dimensions))
 
-    padding: str | tuple[int, int] = (0, 0)
+    padding: Any = (0,) * dimensions
     if not isinstance(layer.padding, str):
         padding = pick(layer.padding, 0)
-    elif rows or cols:
+    elif chosen:
         padding = layer.padding
-    member = nn.Conv2d(
+    kind: Any = next(kind for kind in get_args(Conv) if isinstance(layer, kind))
+    member = kind(
         weight.shape[1] * groups,
         weight.shape[0],
-        (weight.shape[2], weight.shape[3]),
+        tuple(weight.shape[2:]),
         stride=pick(layer.stride, 1),
         padding=padding,
         dilation=pick(layer.dilation, 1),
         groups=groups,
         bias=False,
-        padding_mode=layer.padding_mode if rows or cols else "zeros",
+        padding_mode=layer.padding_mode if chosen else "zeros",
         device="meta",
     )
     member.weight = parameter(layer, weight)
     member.register_parameter("bias", bias_of(layer) if last else None)
     return member
+
+
+def all_axes(layer: Any) -> range:
+    """The dimensions of a convolution."""
+    return range(len(layer.kernel_size))
 
 
 def matrix_chain(layer: Layer, factors: Sequence[Tensor]) -> nn.Module:
@@ -192,18 +204,17 @@ def matrix_chain(layer: Layer, factors: Sequence[Tensor]) -> nn.Module:
     a, b = factors
     if isinstance(layer, nn.Linear):
         return finish(layer, Chain(linear(layer, b), linear(layer, a, last=True)))
-    first = conv(layer, b[:, :, None, None], rows=True, cols=True)
-    return finish(layer, Chain(first, conv(layer, a[:, :, None, None], last=True)))
+    return finish(layer, Chain(conv(layer, b, axes=all_axes(layer)), conv(layer, a, last=True)))
 
 
-def bottleneck_chain(layer: nn.Conv2d, core: Tensor, u_out: Tensor, u_in: Tensor) -> nn.Module:
+def bottleneck_chain(layer: Conv, core: Tensor, u_out: Tensor, u_in: Tensor) -> nn.Module:
     """1×1 (I → r_in), k×k (r_in → r_out), 1×1 (r_out → O): Tucker-2, and TT of three cores.
 
-    core (r_out, r_in, kh, kw), u_out (O, r_out), u_in (I, r_in).
+    core (r_out, r_in, ...), u_out (O, r_out), u_in (I, r_in).
     """
     members = (
-        conv(layer, u_in.mT[:, :, None, None]),
-        conv(layer, core, rows=True, cols=True),
-        conv(layer, u_out[:, :, None, None], last=True),
+        conv(layer, u_in.mT),
+        conv(layer, core, axes=all_axes(layer)),
+        conv(layer, u_out, last=True),
     )
     return finish(layer, Chain(*members))

@@ -128,9 +128,7 @@ class RingConv2d(_Ring):
         self, layer: nn.Conv2d, out_cores: Sequence[Tensor], middle: Tensor, in_cores: Sequence[Tensor]
     ) -> None:
         super().__init__(layer, out_cores, in_cores)
-        self.middle = conv(
-            layer, middle.transpose(1, 2).unflatten(2, layer.kernel_size), rows=True, cols=True
-        )
+        self.middle = conv(layer, middle.transpose(1, 2).unflatten(2, layer.kernel_size), axes=(0, 1))
 
     def kernel(self) -> Tensor:
         """The dense kernel (O, I, kh, kw); differentiable."""

@@ -48,7 +48,7 @@ class Shuffled(ComposedFormat):
 
     def resolve(self, options: dict[str, Any]) -> dict[str, Any]:
         seed = options.get("seed", 0)
-        if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        if not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
             raise RankError(f"the seed of a permutation is a whole number of at least 0, got {seed!r}")
         modes = fold_modes(self.shape, options.get("order"), options.get("modes"))
         return {"modes": modes, "seed": int(seed), "shuffle": bool(options.get("shuffle", True))}

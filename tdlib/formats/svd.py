@@ -1,4 +1,5 @@
-"""Matrix factorisations: W = A B for linear layers and 1×1 convolutions, k×1 then 1×k for the others.
+"""Matrix factorisations: W = A B for linear layers and 1×1 convolutions, k×1 then 1×k for the others (1-D: k
+then 1, 3-D: k×1×1 then 1×k×k).
 
 Spatial: W[o, i, a, b] ≈ Σ_r H[o, r, b] V[r, i, a] (Jaderberg et al. 2014, arXiv 1405.3866, scheme 2), which
 is the SVD of a matrix of shape (I·kh, O·kw).
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from tdlib.decompositions.sigma import svd_sigma
 from tdlib.decompositions.svd import SVD
-from tdlib.formats.base import Factors, Format, KernelFormat, Ranks, Shape, register
-from tdlib.formats.chains import Chain, Layer, conv, finish, matrix_chain
+from tdlib.formats.base import POINTWISE, SPATIAL, Factors, Format, KernelFormat, Ranks, Shape, register
+from tdlib.formats.chains import Chain, Conv, Layer, all_axes, conv, finish, matrix_chain
 
 
 class Matrix(KernelFormat):
@@ -38,36 +39,47 @@ class Matrix(KernelFormat):
         return [M @ factors[0], factors[1]]
 
 
-#: What formats make of layers without spatial extent.
+#: What formats make of layers without spatial extent: linear ones and 2-D convolutions, or all.
 MATRIX = {"pointwise": Matrix, "linear": Matrix}
+CHANNELS = {**MATRIX, **dict.fromkeys(POINTWISE, Matrix)}
 
 
 class Spatial(KernelFormat):
-    """A convolution k×1 (I → r) and one 1×k (r → O): factors (I·kh, r) and (r, O·kw)."""
+    """A convolution k×1 (I → r) and one 1×k (r → O): factors (I·kh, r) and (r, O·kw). In other dimensions:
+    along the first, then along the rest."""
 
     decomposition = SVD
 
     def layout(self) -> Shape:
-        o, i, kh, kw = self.shape
-        return i * kh, o * kw
+        o, i, k, *rest = self.shape
+        return i * k, o * math.prod(rest)
 
     def fold(self, weight: Tensor) -> Tensor:
-        return weight.permute(1, 2, 0, 3).reshape(self.extents)
+        return weight.movedim(0, 2).reshape(self.extents)
 
     def unfold(self, tensor: Tensor) -> Tensor:
-        o, i, kh, kw = self.shape
-        return tensor.reshape(i, kh, o, kw).permute(2, 0, 1, 3)
+        o, i, k, *rest = self.shape
+        return tensor.reshape(i, k, o, *rest).movedim(2, 0)
 
     def macs(self, ranks: Ranks, hw_in: Shape, hw_out: Shape) -> int:
-        o, i, kh, kw = self.shape
+        o, i, k, *rest = self.shape
         # The k×1 has already strided along the height when the 1×k runs.
-        return ranks[0] * hw_out[0] * (i * kh * hw_in[1] + o * kw * hw_out[1])
+        first, second = i * k * math.prod(hw_in[1:]), o * math.prod(rest) * math.prod(hw_out[1:])
+        return ranks[0] * hw_out[0] * (first + second)
 
-    def module(self, layer: nn.Conv2d, factors: Factors) -> nn.Module:
+    def module(self, layer: Conv, factors: Factors) -> nn.Module:
         a, b = factors
-        o, i, kh, kw = self.shape
-        v, h = a.mT.reshape(-1, i, kh, 1), b.reshape(-1, o, 1, kw).transpose(0, 1)
-        return finish(layer, Chain(conv(layer, v, rows=True), conv(layer, h, cols=True, last=True)))
+        o, i, k, *rest = self.shape
+        v = a.mT.reshape(-1, i, k, *[1] * len(rest))
+        h = b.reshape(-1, o, 1, *rest).transpose(0, 1)
+        along, across = all_axes(layer)[:1], all_axes(layer)[1:]
+        return finish(layer, Chain(conv(layer, v, axes=along), conv(layer, h, axes=across, last=True)))
 
 
-register(Format("svd", "matrix SVD; k×1 then 1×k for convolutions", {"conv": Spatial, **MATRIX}))
+register(
+    Format(
+        "svd",
+        "matrix SVD; k×1 then 1×k for convolutions",
+        {**dict.fromkeys(SPATIAL, Spatial), **CHANNELS},
+    )
+)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdlib.decompositions.sigma import tt_sigma
 from tdlib.decompositions.tt import TT, conv_to_tt_tensor, tt_tensor_to_conv
 from tdlib.formats.base import Factors, Format, KernelFormat, Ranks, Shape, channel_modes, register
-from tdlib.formats.chains import Layer, bottleneck_chain, finish
+from tdlib.formats.chains import bottleneck_chain, finish
 from tdlib.formats.contraction import RingConv2d, RingLinear, ring_macs
 from tdlib.formats.svd import MATRIX
 from tdlib.formats.tucker2 import Bottleneck
@@ -82,7 +82,7 @@ class Cores(KernelFormat):
         """The ranks with the closing one first."""
         return ranks
 
-    def module(self, layer: Layer, factors: Factors) -> nn.Module:
+    def module(self, layer: Any, factors: Factors) -> nn.Module:
         n_out = len(self.out_modes)
         outs, ins = factors[:n_out], factors[len(factors) - len(self.in_modes) :]
         if isinstance(layer, nn.Linear):

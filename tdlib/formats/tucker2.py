@@ -1,6 +1,6 @@
 """Tucker along output and input channels: the chain 1×1 (I → r_in), k×k (r_in → r_out), 1×1 (r_out → O).
 
-W = core ×_0 U_out ×_1 U_in, factors [core (r_out, r_in, kh, kw), U_out (O, r_out), U_in (I, r_in)].
+W = core ×_0 U_out ×_1 U_in, factors [core (r_out, r_in, ...), U_out (O, r_out), U_in (I, r_in)].
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tdlib.decompositions.sigma import tucker2_sigma
 from tdlib.decompositions.tucker import TUCKER2
-from tdlib.formats.base import Factors, Format, KernelFormat, Ranks, Shape, register
-from tdlib.formats.chains import bottleneck_chain
-from tdlib.formats.svd import MATRIX
+from tdlib.formats.base import SPATIAL, Factors, Format, KernelFormat, Ranks, Shape, register
+from tdlib.formats.chains import Conv, bottleneck_chain
+from tdlib.formats.svd import CHANNELS
 
 
 class Bottleneck(KernelFormat):
@@ -26,8 +26,8 @@ class Bottleneck(KernelFormat):
         return self.clip((max(1, round(fraction * o)), max(1, round(fraction * i))))
 
     def macs(self, ranks: Ranks, hw_in: Shape, hw_out: Shape) -> int:
-        (o, i, kh, kw), (r_out, r_in) = self.shape, ranks
-        return r_in * i * math.prod(hw_in) + r_out * (r_in * kh * kw + o) * math.prod(hw_out)
+        (o, i, *sizes), (r_out, r_in) = self.shape, ranks
+        return r_in * i * math.prod(hw_in) + r_out * (r_in * math.prod(sizes) + o) * math.prod(hw_out)
 
 
 class Tucker2(Bottleneck):
@@ -36,7 +36,7 @@ class Tucker2(Bottleneck):
     def layout(self) -> Shape:
         return self.shape
 
-    def module(self, layer: nn.Conv2d, factors: Factors) -> nn.Module:
+    def module(self, layer: Conv, factors: Factors) -> nn.Module:
         return bottleneck_chain(layer, *factors)
 
     def decompose_sigma(self, weight: Tensor, ranks: Ranks, sigma: Tensor) -> Factors:
@@ -49,4 +49,10 @@ class Tucker2(Bottleneck):
         return [torch.einsum("ab,b...->a...", R, core), Q, inp]
 
 
-register(Format("tucker2", "Tucker along output and input channels", {"conv": Tucker2, **MATRIX}))
+register(
+    Format(
+        "tucker2",
+        "Tucker along output and input channels",
+        {**dict.fromkeys(SPATIAL, Tucker2), **CHANNELS},
+    )
+)

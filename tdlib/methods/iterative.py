@@ -260,7 +260,7 @@ def orthogonalise(factors: Factors) -> Factors:
         return [factors[0] @ r.mT, q.mT]
     core, u, v = factors
     (q_u, r_u), (q_v, r_v) = torch.linalg.qr(u), torch.linalg.qr(v)
-    return [torch.einsum("ab,bckl,dc->adkl", r_u, core, r_v), q_u, q_v]
+    return [torch.einsum("ab,bc...,dc->ad...", r_u, core, r_v), q_u, q_v]
 
 
 def recompress(factors: Factors, ranks: Sequence[int]) -> Factors:

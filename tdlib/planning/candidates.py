@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from tdlib.errors import TdlibError, unknown
 from tdlib.formats import Format, KernelFormat, Ranks, get_format, kind_of
-from tdlib.formats.chains import Layer
+from tdlib.formats.chains import Conv, Layer
 from tdlib.formats.replace import obstacle
 from tdlib.planning.cost import Call, Cost, is_norm
 
@@ -83,7 +83,8 @@ class Candidate:
         if self.weight.ndim == 2:
             positions = math.prod(before[:-1])
             return 1, (positions, 1), (positions, 1)
-        return (before[0] if len(before) == 4 else 1), before[-2:], after[-2:]
+        size = self.weight.ndim - 2
+        return (before[0] if len(before) == self.weight.ndim else 1), before[-size:], after[-size:]
 
 
 def candidates(
@@ -138,7 +139,7 @@ def candidates(
 
 def end_layers(model: nn.Module) -> tuple[str, ...]:
     """The layers that the papers leave dense: the first convolution (it sees the image), the classifier."""
-    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, Conv)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return tuple(convolutions[:1] + linears[-1:])
 
@@ -163,7 +164,7 @@ def _obstacle(layer: nn.Module, row: Format, calls: Sequence[Call], shared: Sequ
     if getattr(layer, "transposed", False):
         return f"transposed convolution ({name})"
     if not isinstance(layer, Layer):
-        return f"{name} is neither Conv2d nor Linear (it holds {', '.join(_matrices(layer)[:3])})"
+        return f"{name} is neither a convolution nor Linear (it holds {', '.join(_matrices(layer)[:3])})"
     if getattr(layer, "groups", 1) != 1:
         depthwise = layer.groups == layer.in_channels
         return "depthwise convolution" if depthwise else f"grouped convolution ({layer.groups} groups)"

@@ -188,7 +188,7 @@ def plan(
     progress: bool = False,
     **options: Any,
 ) -> Plan:
-    """Ranks for every Conv2d and Linear of `model` so that the whole network shrinks by `ratio`, within 2 %.
+    """Ranks for the layers of `model` so that the whole network shrinks by `ratio`, within 2 %.
 
     input_shape: one input without the batch, e.g. (3, 32, 32). ratio: dense / compressed of the whole
     network, in `by` ("params", norm layers left out of both sides, or "macs"). skip: layer names or globs
@@ -216,7 +216,7 @@ def plan(
     found, skipped = [c for c in found if c.name not in refused], skipped | refused
     if not found:
         reasons = (
-            "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no Conv2d or Linear"
+            "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no kernel"
         )
         raise TdlibError(f"nothing to compress with format {format!r}: {reasons}")
     if ranks is not None and ratio is not None:

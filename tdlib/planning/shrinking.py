@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tdlib.decompositions.ranks import evbmf_rank
 from tdlib.errors import BudgetError, TdlibError, unknown
-from tdlib.formats import Ranks, kind_of
+from tdlib.formats import SPATIAL, Ranks, kind_of
 from tdlib.planning.budget import Budget, Choice, spent
 from tdlib.planning.candidates import Candidate
 
@@ -56,7 +56,7 @@ def sizes_of(site: Candidate, now: Ranks | None) -> Ranks:
 
 def found_by_evbmf(site: Candidate, core: Tensor) -> Ranks:
     """EVBMF's rank of every governed unfolding of `core`, for CP the larger of the two."""
-    if kind_of(site.kernel.shape) != "conv":
+    if kind_of(site.kernel.shape) not in SPATIAL:
         return (evbmf_rank(core.flatten(1)),)
     both = evbmf_rank(core.flatten(1)), evbmf_rank(core.transpose(0, 1).flatten(1))
     return (max(both),) if _one_rank_conv(site) else both
@@ -137,7 +137,7 @@ def check_rule(rule: str, weakening: float, factor: float, least: int) -> None:
 
 
 def _one_rank_conv(site: Candidate) -> bool:
-    return kind_of(site.kernel.shape) == "conv" and len(site.bounds) == 1
+    return kind_of(site.kernel.shape) in SPATIAL and len(site.bounds) == 1
 
 
 def _cheaper(site: Candidate, ranks: Ranks | None, now: Ranks | None) -> Ranks | None:

@@ -36,6 +36,19 @@ POINTWISE: dict[str, dict[str, Any]] = {
     "1x1, stride, padding": dict(kernel_size=1, stride=(2, 3), padding=(1, 0)),
     "1x1, replicate": dict(kernel_size=1, padding=1, padding_mode="replicate", bias=False),
 }
+#: The same in one and in three dimensions; every name says which.
+IN_1D: dict[str, dict[str, Any]] = {
+    "1-D": dict(kernel_size=3, stride=2, padding=2, dilation=2),
+    "1-D, same": dict(kernel_size=4, padding="same", dilation=2, padding_mode="circular", bias=False),
+    "1-D, reflect": dict(kernel_size=5, padding=2, padding_mode="reflect"),
+    "1-D, 1": dict(kernel_size=1, stride=2, padding=1),
+}
+IN_3D: dict[str, dict[str, Any]] = {
+    "3-D": dict(kernel_size=(3, 2, 3), stride=(1, 2, 1), padding=(0, 1, 2), dilation=(1, 1, 2)),
+    "3-D, same": dict(kernel_size=(2, 3, 1), padding="same", padding_mode="replicate"),
+    "3-D, circular": dict(kernel_size=(1, 3, 3), padding=(0, 1, 2), padding_mode="circular", bias=False),
+    "3-D, 1": dict(kernel_size=1, stride=(1, 2, 1), padding=(1, 0, 1)),
+}
 LINEAR: dict[str, dict[str, Any]] = {"linear": dict(), "linear, no bias": dict(bias=False)}
 
 #: The ways to carry a convolution's geometry: in one member, height and width apart, in the layer itself.
@@ -61,6 +74,8 @@ MATRICES: list[tuple[str, dict[str, Any]]] = [
     ("tr", {}),
     ("shuffled-tucker", {"seed": 3}),
 ]
+#: What holds convolutions of any number of dimensions.
+ANY = ("tucker2", "cp", "cp4", "svd", "shuffled-tt")
 PAIRED: list[tuple[str, dict[str, Any]]] = [
     ("tt-matrix", {}),
     ("tt-matrix", {"out_modes": (2, 2, 2), "in_modes": (3, 1, 2)}),
@@ -81,6 +96,7 @@ CASES: list[Case] = [
     *((name, format, options) for name in ("all unequal", "circular") for format, options in OTHERS),
     *((name, format, options) for name in POINTWISE for format, options in MATRICES),
     *((name, format, options) for name in LINEAR for format, options in [*MATRICES, *PAIRED]),
+    *((name, format, {}) for name in (*IN_1D, *IN_3D) for format in ANY),
 ]
 #: Every kind of module once.
 KINDS: list[Case] = [
@@ -91,6 +107,8 @@ KINDS: list[Case] = [
     ("unequal strides", "tr", {}),
     ("unequal strides", "shuffled-tt", {"seed": 7}),
     ("1x1, stride, padding", "svd", {}),
+    ("1-D", "tucker2", {}),
+    ("3-D", "cp4", {}),
     ("linear", "svd", {}),
     ("linear", "tr", {}),
     ("linear", "tt-matrix", {}),
@@ -108,13 +126,14 @@ def make_layer(name: str) -> Any:
     torch.manual_seed(0)
     if name in LINEAR:
         return nn.Linear(6, 8, dtype=torch.float64, **LINEAR[name])
-    return nn.Conv2d(6, 8, dtype=torch.float64, **{**CONVOLUTIONS, **POINTWISE}[name])
+    kind = {"1-D": nn.Conv1d, "3-D": nn.Conv3d}.get(name[:3], nn.Conv2d)
+    return kind(6, 8, dtype=torch.float64, **(CONVOLUTIONS | POINTWISE | IN_1D | IN_3D)[name])
 
 
 def make_input(layer: Any) -> Tensor:
     """A fixed random input for the layer, of batch 1."""
     generator = torch.Generator().manual_seed(1)
-    shape = (1, 3, 6) if isinstance(layer, nn.Linear) else (1, 6, 5, 6)
+    shape = (1, 3, 6) if isinstance(layer, nn.Linear) else (1, 6, *(5, 6, 4)[: layer.weight.ndim - 2])
     return torch.randn(shape, generator=generator, dtype=layer.weight.dtype, device=layer.weight.device)
 
 

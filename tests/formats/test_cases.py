@@ -113,14 +113,15 @@ def test_dtype_mode_flags_and_copies(name, format, options):
 def test_channels_last_and_autocast(name, format, options):
     layer = make_layer(name).float()
     x = make_input(layer)
-    if layer.weight.ndim == 4:
-        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(layer.weight.ndim)
+    if last:
+        layer, x = layer.to(memory_format=last), x.to(memory_format=last)
     bound = get_format(format).bind(layer.weight.shape, **options)
     module = replaced(layer, bound, bound.bounds)
     y = module(x)
     torch.testing.assert_close(y, layer(x), rtol=1e-3, atol=1e-4)
-    if layer.weight.ndim == 4:
-        assert y.is_contiguous(memory_format=torch.channels_last)
+    if layer.weight.ndim == 4:  # in 3-D torch itself does not keep it everywhere
+        assert y.is_contiguous(memory_format=last)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half, dense = module(x), layer(x)
     assert half.dtype == dense.dtype == torch.bfloat16
@@ -141,6 +142,8 @@ def test_everything_is_on_the_layers_device(name, format, options):
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_random_factors_give_kernels_of_kaiming_variance(format):
     layers = {"conv": nn.Conv2d(32, 48, 3), "pointwise": nn.Conv2d(32, 48, 1), "linear": nn.Linear(48, 36)}
+    layers |= {"conv1d": nn.Conv1d(32, 48, 3), "pointwise1d": nn.Conv1d(32, 48, 1)}
+    layers |= {"conv3d": nn.Conv3d(12, 16, (3, 2, 2)), "pointwise3d": nn.Conv3d(32, 48, 1)}
     for kind in FORMATS[format].kinds:
         layer = layers[kind]
         bound, variances = get_format(format).bind(layer.weight.shape), []
@@ -196,7 +199,9 @@ def test_the_order_of_the_modes_is_row_major_with_the_transpose():
         ((8, 6, 3, 3), "tr", {"order": 0}, RankError, "order.*got 0"),
         ((8, 6), "tt-matrix", {"out_modes": (2, 4), "in_modes": (6,)}, RankError, "as many out_modes"),
         ((8, 6, 3, 3), "tt-matrix", {}, TdlibError, "does not apply to a conv"),
-        ((8, 6, 3), "svd", {}, TdlibError, "kernel has shape"),
+        ((8,), "svd", {}, TdlibError, "kernel has shape"),
+        ((8, 6, 3), "tt", {}, TdlibError, "'tt' does not apply to a conv1d layer"),
+        ((8, 6, 1, 1, 1), "tr", {}, TdlibError, "'tr' does not apply to a pointwise3d layer"),
         ((8, 6, 3, 3), "shuffled-tt", {"modes": (7, 7)}, RankError, "432 entries"),
         ((8, 6, 3, 3), "shuffled-tt", {"modes": "other"}, RankError, "'kernel'"),
         ((8, 6, 3, 3), "shuffled-tt", {"order": 1}, RankError, "at least 2"),

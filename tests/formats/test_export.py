@@ -23,8 +23,9 @@ class Branches(nn.Module):
 
     def forward(self, x):
         flat = x.flatten(2).transpose(1, 2)
+        inputs = {"linear": flat, "1-D": flat.mT, "3-D": x[:, :, :5, None] * torch.ones(4, 1)}
         maps = [
-            layer(flat).mT if name == "linear" else layer(x)
+            layer(inputs.get(name, x)).mT if name == "linear" else layer(inputs.get(name, x))
             for layer, (name, _, _) in zip(self.layers, KINDS, strict=True)
         ]
         return torch.stack([m.flatten(2).mean(2) for m in maps])

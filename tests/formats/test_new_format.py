@@ -12,7 +12,7 @@ from tdlib.decompositions.sigma import svd_sigma
 from tdlib.decompositions.svd import SVD
 from tdlib.export import to_onnx
 from tdlib.formats import FORMATS, Format, KernelFormat, decompose, register
-from tdlib.formats.chains import Chain, conv, finish
+from tdlib.formats.chains import Chain, all_axes, conv, finish
 from tdlib.formats.projection import Projection
 
 
@@ -29,8 +29,8 @@ class Thin(KernelFormat):
 
     def module(self, layer, factors):
         a, b = factors
-        first = conv(layer, b.reshape(-1, *self.shape[1:]), rows=True, cols=True)
-        return finish(layer, Chain(first, conv(layer, a[:, :, None, None], last=True)))
+        first = conv(layer, b.reshape(-1, *self.shape[1:]), axes=all_axes(layer))
+        return finish(layer, Chain(first, conv(layer, a, last=True)))
 
     def decompose_sigma(self, weight, ranks, sigma):
         return list(svd_sigma(self.fold(weight), ranks[0], sigma))

@@ -157,7 +157,7 @@ def test_what_stays_dense_and_why():
             self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
             self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
             self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
-            self.line = nn.Conv1d(8, 8, 3, padding=1)
+            self.line = nn.Conv1d(8, 8, 3, padding=1, groups=8)
             self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
             self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
             self.unused = nn.Linear(8, 8)
@@ -179,7 +179,7 @@ def test_what_stays_dense_and_why():
         "depthwise": "depthwise",
         "grouped": "2 groups",
         "up": "transposed",
-        "line": "neither Conv2d nor Linear",
+        "line": "depthwise",
         "attention": "holds in_proj_weight",
         "attention.out_proj": "never called",
         "normed": "parametrised",
@@ -220,7 +220,7 @@ def test_whatever_holds_a_matrix_is_listed_whatever_it_is():
 
     skipped = tdlib.plan(Words(), (3,), "svd", 1.05).skipped
     assert list(skipped) == ["", "table", "mixed", "rnn"]
-    assert "Words is neither Conv2d nor Linear (it holds place)" in skipped[""]
+    assert "Words is neither a convolution nor Linear (it holds place)" in skipped[""]
     assert "Embedding is neither" in skipped["table"] and "Conv1D is neither" in skipped["mixed"]
     assert "weight_ih_l0" in skipped["rnn"]
 
