@@ -74,19 +74,24 @@ def install(model: nn.Module, name: str, module: nn.Module, planned: LayerPlan) 
     return result
 
 
+def attached(module: nn.Module) -> str | None:
+    """What is attached to this very module, so that it does more than its class says; or None."""
+    if "forward" in vars(module):
+        return "its forward is patched"
+    hooks = [hook for key, found in vars(module).items() if key.endswith("_hooks") for hook in found.values()]
+    names = {getattr(hook, "__name__", type(hook).__name__) for hook in hooks}
+    return f"hooks are attached to it ({', '.join(sorted(names))})" if hooks else None
+
+
 def obstacle(layer: nn.Module) -> str | None:
     """Why factors of its weight cannot take this layer's place, or None: it computes something else than
-    nn.Conv2d or nn.Linear do, or something is attached to it that would be lost."""
+    nn.Conv2d or nn.Linear do, or has something attached that would be lost."""
     if parametrize.is_parametrized(layer):
         return "its weight is parametrised"
     if not computes_plainly(layer):
         return f"{type(layer).__name__} has a forward of its own"
-    if "forward" in vars(layer):
-        return "its forward is patched"
-    hooks = [hook for key, found in vars(layer).items() if key.endswith("_hooks") for hook in found.values()]
-    if hooks:
-        names = {getattr(hook, "__name__", type(hook).__name__) for hook in hooks}
-        return f"hooks are attached to it ({', '.join(sorted(names))})"
+    if reason := attached(layer):
+        return reason
     plain = vars(_plain(layer))
     own = [key for key in _names(vars(layer)) - _names(plain) if not key.startswith("_")]
     return f"it has attributes of its own ({', '.join(sorted(own))})" if own else None
