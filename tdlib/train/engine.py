@@ -141,13 +141,22 @@ def make_optimizer(
     device: torch.device,
 ) -> torch.optim.Optimizer:
     """SGD, Adam or AdamW over the trainable parameters, fused where the device has it. ``momentum`` is the
-    first beta of Adam.
+    first beta of Adam. Raises UnknownName, and TdlibError for weights in half precision and for what the
+    optimiser does not take.
     """
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise TdlibError("the model has no trainable parameters")
+    half = {str(p.dtype) for p in parameters if p.dtype not in (torch.float32, torch.float64)}
+    if half:
+        raise TdlibError(
+            f"the model's weights are {', '.join(half)}, and updates would be lost in their rounding: train "
+            'model.float(), with precision="bf16" for speed'
+        )
+    if nesterov and name != "sgd":
+        raise TdlibError(f"nesterov=True belongs to the optimizer 'sgd', not {name!r}")
     options: dict[str, Any] = {
         "lr": lr,
         "weight_decay": weight_decay,
@@ -157,7 +166,10 @@ def make_optimizer(
         options |= {"momentum": momentum, "nesterov": nesterov}
     else:
         options["betas"] = (momentum, 0.999)
-    return OPTIMIZERS[name](parameters, **options)
+    try:
+        return OPTIMIZERS[name](parameters, **options)
+    except ValueError as error:
+        raise TdlibError(f"optimizer {name!r}: {error}") from error
 
 
 class Progress:

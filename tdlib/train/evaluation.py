@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tdlib.calibration.passes import threads_for
+from tdlib.calibration.passes import placed, threads_for
 from tdlib.data import Bundle
-from tdlib.errors import DataError
+from tdlib.errors import DataError, TdlibError
 from tdlib.network import evaluating
 
 
@@ -55,7 +56,7 @@ def agreement(
     same, divergence, n = 0.0, 0.0, 0
     with inference(dense), inference(compressed):
         for x, _ in data.batches(split, batch_size, device=where):
-            p, q = dense(x).float().log_softmax(1), compressed(x).float().log_softmax(1)
+            p, q = (class_scores(net(placed(net, x)), data).log_softmax(1) for net in (dense, compressed))
             same += float((p.argmax(1) == q.argmax(1)).sum())
             divergence += float(F.kl_div(q, p, reduction="sum", log_target=True))
             n += len(x)
@@ -85,9 +86,28 @@ def sums(
             split, batch_size, device=device, rank=rank, world=world, shuffle=False, drop_last=False
         ):
             if len(y):
-                scores = model(x).float()
+                scores = class_scores(model(placed(model, x)), data)
                 add(totals, F.cross_entropy(scores, y, reduction="sum"), scores, y)
     return totals
+
+
+def class_scores(outputs: Any, data: Bundle) -> Tensor:
+    """A network's outputs (N, classes) in float32.
+
+    Raises TdlibError where they are no such tensor, or have fewer columns than the data have classes.
+    """
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TdlibError(
+            f"a classifier's output is one tensor (images, classes), this network gives {found}; where these "
+            "are auxiliary outputs, build it without them (aux_logits=False)"
+        )
+    if outputs.shape[1] < len(data.classes):
+        raise TdlibError(
+            f"the network has {outputs.shape[1]} outputs, {data.name} has {len(data.classes)} classes: build "
+            "it with as many"
+        )
+    return outputs.float()
 
 
 def new_totals(device: torch.device) -> Tensor:

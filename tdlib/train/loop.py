@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tdlib.data import Augment, Bundle
-from tdlib.errors import TdlibError
+from tdlib.errors import DataError, TdlibError
 from tdlib.network import attach, fingerprint, provenance
 from tdlib.train import checkpoint as store
 from tdlib.train.engine import Engine, Progress, make_optimizer
@@ -72,8 +72,8 @@ def fit(
     compile: torch.compile the forward pass. The global random state is left as it was.
 
     Raises NonFiniteError (loss NaN or infinite; the checkpoint before it is kept), CheckpointError,
-    DataError (images without labels), UnknownName, TdlibError (also where accelerate is missing),
-    Interrupted.
+    DataError (no data set, or one without labels), UnknownName, TdlibError (also where accelerate is
+    missing), Interrupted.
     """
     identity_of = {key: value for key, value in locals().items() if key not in _NOT_IDENTITY}
     _check(epochs, lr, batch_size, label_smoothing, checkpoint_steps, max_minutes, data)
@@ -149,6 +149,8 @@ def _check(
     minutes: float | None,
     data: Bundle,
 ) -> None:
+    if not hasattr(data, "batches"):
+        raise DataError(f"data must be a data set, as tdlib.data.load gives it, not a {type(data).__name__}")
     if epochs < 0 or batch_size < 1 or not (lr > 0 and math.isfinite(lr)):
         raise TdlibError(f"need epochs >= 0, batch_size >= 1 and lr > 0, got {epochs}, {batch_size} and {lr}")
     if not 0 <= smoothing < 1:

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdlib.calibration.passes import placed
 from tdlib.errors import NonFiniteError, needs
 from tdlib.train import checkpoint as store
 from tdlib.train.engine import Engine, Progress, stream_seed
-from tdlib.train.evaluation import add, metrics, new_totals, sums
+from tdlib.train.evaluation import add, class_scores, metrics, new_totals, sums
 from tdlib.train.hooks import Context, Hook
 from tdlib.train.interrupt import Signals
 
@@ -77,8 +78,8 @@ class Run:
         """Forward, backward, update. Gradients are those of the mean loss over the global batch."""
         engine, ctx = self.engine, self.ctx
         with engine.accelerator.autocast():
-            scores = engine.net(x)
-        scores = scores.float()
+            outputs = engine.net(placed(ctx.model, x))
+        scores = class_scores(outputs, ctx.data)
         mean = F.cross_entropy(scores, y, label_smoothing=smoothing)
         loss = mean if engine.world == 1 else mean * (len(y) * engine.world / global_batch)
         for hook in self.hooks:
@@ -140,6 +141,9 @@ class Run:
         engine, ctx = self.engine, self.ctx
         self.bad_step = engine.largest(self.bad_step)
         self.check_finite()
+        finite = torch.stack([parameter.isfinite().all() for parameter in ctx.model.parameters()])
+        if not finite.all():  # by the last step: its loss was finite, there is no later one
+            raise NonFiniteError(f"weights became NaN or infinite at the end of epoch {ctx.epoch}: lower lr")
         train = metrics(engine.total(self.totals).tolist())
         ctx.row |= {"lr": float(ctx.optimizer.param_groups[0]["lr"])}
         ctx.row |= {"train_loss": train["loss"], "train_accuracy": train["accuracy"]}

@@ -39,7 +39,9 @@ def check_schedule(schedule: str, step_epochs: int | None, warmup_epochs: float,
     """Raises UnknownName or TdlibError for a schedule that cannot be."""
     if schedule not in SCHEDULES:
         raise unknown("schedule", schedule, SCHEDULES)
-    if step_epochs is not None and step_epochs < 1:
-        raise TdlibError(f"step_epochs must be at least 1, got {step_epochs}")
+    if step_epochs is not None and (step_epochs < 1 or schedule != "step"):
+        raise TdlibError(
+            f"step_epochs must be >= 1 and belongs to schedule 'step', got {step_epochs} and {schedule!r}"
+        )
     if warmup_epochs < 0 or (epochs and warmup_epochs >= epochs):
         raise TdlibError(f"warmup_epochs must be in [0, epochs), got {warmup_epochs} of {epochs}")

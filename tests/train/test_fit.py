@@ -9,7 +9,7 @@ from train_helpers import Counting, tiny_bundle, tiny_model
 
 import tdlib
 from tdlib import models, train
-from tdlib.errors import NonFiniteError, TdlibError, UnknownName
+from tdlib.errors import DataError, NonFiniteError, TdlibError, UnknownName
 
 QUIET = {"progress": False, "device": "cpu"}
 
@@ -152,6 +152,66 @@ def test_non_finite_loss_names_epoch_and_step(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_the_last_step_made_infinite_are_named():
+    class Spoiling(train.Hook):
+        def after_step(self, ctx):
+            if ctx.step == ctx.steps - 1:
+                ctx.model.conv1.weight.data.fill_(math.inf)
+
+    with pytest.raises(NonFiniteError, match="weights became NaN or infinite at the end of epoch 0"):
+        train.fit(tiny_model(), tiny_bundle(), epochs=1, batch_size=32, hooks=[Spoiling()], **QUIET)
+
+
+def test_a_float64_model_is_trained_and_measured_in_float64():
+    net, single = tiny_model().double(), tiny_model()
+    for model in (net, single):
+        train.fit(model, tiny_bundle(), epochs=1, lr=0.01, batch_size=32, **QUIET)
+    assert net.conv1.weight.dtype == torch.float64
+    torch.testing.assert_close(net.conv1.weight.float(), single.conv1.weight, rtol=1e-3, atol=1e-5)
+    assert train.agreement(net, single, tiny_bundle())["agreement"] == 100
+
+
+class Auxiliary(torch.nn.Module):
+    """Gives a tuple while it is trained, as GoogLeNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_model()
+
+    def forward(self, x):
+        scores = self.net(x)
+        return (scores, scores) if self.training else scores
+
+
+@pytest.mark.parametrize(
+    "model, data, error, message",
+    [
+        (lambda: tiny_model().half(), tiny_bundle, TdlibError, r"float16.*model\.float\(\)"),
+        (lambda: tiny_model().bfloat16(), tiny_bundle, TdlibError, r"bfloat16.*model\.float\(\)"),
+        (Auxiliary, tiny_bundle, TdlibError, "gives tuple.*aux_logits=False"),
+        (lambda: tiny_model().requires_grad_(False), tiny_bundle, TdlibError, "no trainable"),
+        (
+            lambda: models.build("cnn", 2, input_shape=(1, 8, 8), width=4), tiny_bundle, TdlibError,
+            "2 outputs, tiny has 3 classes",
+        ),
+        (tiny_model, lambda: [torch.zeros(2, 1, 8, 8)], DataError, r"tdlib\.data\.load.*not a list"),
+    ],
+)  # fmt: skip
+def test_networks_and_data_that_cannot_be_trained_say_why(model, data, error, message):
+    with pytest.raises(error, match=message):
+        train.fit(model(), data(), epochs=1, batch_size=32, **QUIET)
+
+
+def test_a_rehearsal_finds_what_only_a_step_shows_and_changes_nothing():
+    net, state = Auxiliary(), torch.get_rng_state()
+    with pytest.raises(TdlibError, match="aux_logits"):
+        train.rehearse(net, tiny_bundle(), epochs=9, **QUIET)
+    before = {key: value.clone() for key, value in net.net.state_dict().items()}
+    train.rehearse(net.net, tiny_bundle(), epochs=9, **QUIET)
+    assert all(torch.equal(value, before[key]) for key, value in net.net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_no_epochs_changes_nothing():
     net = tiny_model()
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -179,6 +239,11 @@ def test_batch_larger_than_the_data():
         ({"epochs": 1, "optimizer": "sdg"}, UnknownName, "adam, adamw, sgd"),
         ({"epochs": 1, "precision": "fp8"}, UnknownName, "bf16"),
         ({"epochs": 1, "augment": "strong"}, TdlibError, "augment"),
+        ({"epochs": 1, "step_epochs": 2}, TdlibError, "belongs to schedule"),
+        ({"epochs": 1, "nesterov": True, "optimizer": "adam"}, TdlibError, "belongs to the optimizer"),
+        ({"epochs": 1, "nesterov": True, "momentum": 0.0}, TdlibError, "Nesterov momentum requires"),
+        ({"epochs": 1, "weight_decay": -1.0}, TdlibError, "weight_decay"),
+        ({"epochs": 1, "precision": None}, UnknownName, "bf16"),
     ],
 )
 def test_bad_options(options, error, message):
