@@ -28,7 +28,7 @@ from tdlib.errors import BudgetError
 from tdlib.methods.registry import accepted
 from tdlib.network import fingerprint
 from tdlib.planning import Plan
-from tdlib.train import evaluate, fit, fit_selected, inference, recalibrated, stage
+from tdlib.train import checkpoint, evaluate, fit, fit_selected, inference, recalibrated, stage
 
 Tables = dict[str, list[dict[str, Any]]]
 Key = tuple[str, float, int]
@@ -166,6 +166,9 @@ def experiment(
                 results.dense[seed] = network
                 compared = network if reference is None else reference(network, seed)
                 references[seed] = Reference(compared, *_answers(compared, data, options.get("device")))
+            decisive = {**about, "settings": settings, "data": data.fingerprint}
+            decisive["start"] = fingerprint(results.dense[seed])
+            options["origin"] = checkpoint.digest({k: repr(v) for k, v in decisive.items()})
             if (arm.start, seed) not in starts:
                 before = stage({**same, "seed": seed}, f"start-{name}-{seed}", started)
                 starts[arm.start, seed] = _start(arm, results.dense[seed], data, before)
@@ -310,7 +313,7 @@ def _described(function: Callable[..., Any], training: Mapping[str, Any]) -> dic
     return {"function": f"{plain.__module__}.{plain.__qualname__}", **about}
 
 
-_NO_MATTER = {"device", "progress", "checkpoint", "checkpoint_steps", "max_minutes", "compile", "seed"}
+_NO_MATTER = {*checkpoint.FREE, "seed"} - {"channels_last"}
 
 
 def _taken(run: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

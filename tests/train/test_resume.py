@@ -10,7 +10,15 @@ import time
 
 import pytest
 import torch
-from train_helpers import Counting, long_run, one_of_two, tiny_bundle, tiny_model, two_process_run
+from train_helpers import (
+    Counting,
+    compressed_run,
+    long_run,
+    one_of_two,
+    tiny_bundle,
+    tiny_model,
+    two_process_run,
+)
 
 from tdlib import train
 from tdlib.errors import CheckpointError, Interrupted
@@ -22,7 +30,8 @@ KILLS = 10
 @pytest.fixture(scope="module")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "tdlib.train", "tdlib.models"])  # slow imports, once
+    slow = ["torch._dynamo", "tdlib.methods.rstd", "sklearn.datasets"]  # to import, so once
+    context.set_forkserver_preload(slow)
     return context
 
 
@@ -55,6 +64,29 @@ def test_sigkill_at_random_moments_changes_nothing(processes, tmp_path):
     for key, value in whole["weights"].items():
         assert torch.equal(value, broken["weights"][key]), key
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [store.NAME, "final.pt"]
+
+
+@pytest.mark.parametrize("method", ["rstd", "iterative"])
+def test_sigkill_changes_nothing_in_what_compress_gives(processes, tmp_path, method):
+    """Three kills, each within 0.1 s of a process's first step; every step takes 0.02 s or more."""
+    moments = random.Random(1)
+    for name, kills in (("unbroken", 0), ("killed", 3)):
+        (tmp_path / name).mkdir()
+        for attempt in range(kills + 1):
+            here, there = processes.Pipe(duplex=False)
+            delay = 0.02 if attempt < kills else 0.0
+            process = processes.Process(target=compressed_run, args=(tmp_path / name, there, method, delay))
+            process.start()
+            there.close()
+            if attempt < kills:
+                assert here.recv() == "training"
+                time.sleep(moments.uniform(0, 0.1))
+                os.kill(process.pid, signal.SIGKILL)
+            process.join(120)
+            assert process.exitcode == (-signal.SIGKILL if attempt < kills else 0)
+    whole, broken = (torch.load(tmp_path / name / "final.pt") for name in ("unbroken", "killed"))
+    assert broken["rows"] == whole["rows"]
+    assert all(torch.equal(value, broken["weights"][key]) for key, value in whole["weights"].items())
 
 
 @pytest.mark.parametrize("norm", [False])

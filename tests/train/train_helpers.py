@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+import tdlib
 from tdlib import models, train
 from tdlib.data import ArraySplit, Augment, Bundle
+from tdlib.train.run import Run
 
 
 def tiny_bundle(n: int = 96, size: int = 8, channels: int = 1) -> Bundle:
@@ -99,6 +101,32 @@ def long_run(directory: Path, pipe: Connection, delay: float) -> None:
     assert history.finished
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in history.rows]
     torch.save({"weights": net.state_dict(), "rows": rows}, directory / "final.pt")
+
+
+def compressed_run(directory: Path, pipe: Connection, method: str, delay: float) -> None:
+    """A small cnn compressed on digits, with a checkpoint at every step -> final.pt."""
+    torch.set_num_threads(1)
+    data = tdlib.data.load("digits", limit=256)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = models.build("cnn", data.classes, input_shape=data.input_shape, width=8)
+    step = Run.step
+
+    def slow(*args: object) -> None:
+        step(*args)
+        pipe.send("training")
+        time.sleep(delay)
+
+    Run.step = slow
+    options = {"rstd": {"epochs": 10}, "iterative": {"stage_epochs": 3, "rule": "nx", "patience": 9}}[method]
+    small = tdlib.compress(
+        net, method, data, ratio=2.5, batch_size=64, checkpoint=directory / "checkpoint", checkpoint_steps=1,
+        device="cpu", progress=False, **options,
+    )  # fmt: skip
+    report = tdlib.provenance(small).report
+    rows = [row for table in report["history"].values() for row in table]
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    torch.save({"weights": small.state_dict(), "rows": rows}, directory / "final.pt")
 
 
 def one_of_two(rank: int, port: int, directory: Path, norm: bool) -> None:
