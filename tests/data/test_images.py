@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tdlib
 from tdlib import data
 from tdlib.data.images import decode, read
 from tdlib.errors import DataError
@@ -183,3 +184,23 @@ def test_one_class_or_nothing_is_refused(tmp_path):
         data.load(f"imagefolder:{tmp_path / 'empty'}")
     with pytest.raises(DataError, match=r"at least two class folders.*found \['empty'\]"):
         data.load(f"imagefolder:{tmp_path}")
+
+
+def test_what_needs_labels_says_so(photos):
+    bundle = data.load(f"imagefolder:{photos}")
+    net = tdlib.models.build("cnn", 3, input_shape=bundle.input_shape, width=8)
+    assert bundle.description["classes"] is None
+    calls = {
+        "training": lambda: tdlib.train.fit(net, bundle, epochs=1, device="cpu"),
+        "accuracy": lambda: tdlib.train.evaluate(net, bundle),
+        "'admm'": lambda: tdlib.compress(net, "admm", bundle, ratio=2, device="cpu"),
+        "'direct'": lambda: tdlib.compress(net, "direct", bundle, ratio=2, finetune_epochs=1, device="cpu"),
+    }
+    for purpose, call in calls.items():
+        with pytest.raises(DataError, match=f"{purpose} needs .*labels"):
+            call()
+    small = tdlib.compress(net, "distribution-aware", bundle, ratio=1.5, progress=False)
+    report = tdlib.provenance(small).report
+    assert report["params_ratio"] == pytest.approx(1.5, rel=0.02)
+    assert not {"dense", "before", "after"} & report.keys()
+    assert tdlib.train.agreement(net, small, bundle)["n"] == 4
