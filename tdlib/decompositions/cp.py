@@ -21,7 +21,7 @@ from tensorly.cp_tensor import CPTensor
 from torch import Tensor
 
 from tdlib.decompositions.base import Decomposition, Ranks, Shape
-from tdlib.decompositions.linalg import check_ranks, full_precision, leading_left, working
+from tdlib.decompositions.linalg import check_ranks, full_precision, leading_left, magnitude, working
 from tdlib.errors import RankError
 
 SWEEPS = 100
@@ -60,6 +60,8 @@ def cp_als(
     bound = T.numel() // T.shape[longest]
     if rank >= bound:
         return CPTensor((T.new_ones(bound), spread(_exact(T, longest))))
+    size = magnitude(T)
+    T = T / size
     total = float(torch.linalg.vector_norm(T.double()) ** 2)
     trace = [] if trace is None else trace
     core, bases = _compress(T, rank)
@@ -67,7 +69,9 @@ def cp_als(
     if any(U is not None for U in bases):
         factors = [f if U is None else U @ f for U, f in zip(bases, factors, strict=True)]
         weights, factors = _als(T, factors, min(sweeps, POLISH), tol, ridge, total, trace)
-    return CPTensor((torch.ones_like(weights), spread([factors[0] * weights, *factors[1:]])))
+    share = size ** (1 / T.ndim)
+    factors = [f * share for f in spread([factors[0] * weights, *factors[1:]])]
+    return CPTensor((torch.ones_like(weights), factors))
 
 
 def cp3(

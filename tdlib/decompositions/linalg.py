@@ -77,6 +77,16 @@ def working(T: Tensor) -> Tensor:
     return T if T.dtype in (torch.float32, torch.float64) else T.float()
 
 
+def magnitude(T: Tensor) -> Tensor:
+    """A power of two near the largest absolute entry of T where that is below 2^-20 or above 2^20, else 1.
+
+    T divided by it has the same digits, and its squares neither overflow nor vanish. 1 for T = 0.
+    """
+    top = T.abs().amax() if T.numel() else T.new_zeros(())
+    power = top.clamp_min(torch.finfo(T.dtype).tiny).log2().floor().exp2()
+    return torch.where((top > 2**20) | ((top > 0) & (top < 2**-20)), power, 1)
+
+
 def check_finite(T: Tensor, what: str) -> Tensor:
     """T itself. Raises NonFiniteError, naming `what`, if it holds NaN or infinity. Not for use under vmap."""
     finite = torch.isfinite(T)
@@ -133,6 +143,7 @@ def leading_left(M: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
     """
     (r,) = check_ranks(r, 1, "leading_left")
     M = working(M)
+    M = M / magnitude(M)
     m, n = M.shape
     r = min(r, m)
     if m <= n or r > n:
@@ -169,11 +180,11 @@ def truncated_svd(M: Tensor, r: int, dtype: torch.dtype | None = None) -> tuple[
     """
     (r,) = check_ranks(r, 1, "truncated_svd")
     A, B = split(M, r, dtype)
-    tiny = torch.finfo(A.dtype).tiny
+    tiny, size = torch.finfo(A.dtype).tiny, magnitude(M.to(A.dtype))
     if M.shape[0] <= M.shape[1]:
-        S = torch.linalg.vector_norm(B, dim=1)
+        S = torch.linalg.vector_norm(B / size, dim=1) * size
         return A, S, B / S.clamp_min(tiny)[:, None]
-    S = torch.linalg.vector_norm(A, dim=0)
+    S = torch.linalg.vector_norm(A / size, dim=0) * size
     return A / S.clamp_min(tiny), S, B
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tdlib import memory
 from tdlib.decompositions.base import Decomposition, Ranks, Shape
 from tdlib.decompositions.cores import LARGE, close, close_macs, core_shapes
-from tdlib.decompositions.linalg import check_ranks, full_precision, leading_left, split, working
+from tdlib.decompositions.linalg import check_ranks, full_precision, leading_left, magnitude, split, working
 from tdlib.errors import RankError
 
 SWEEPS = 4
@@ -48,6 +48,8 @@ def tr_svd(T: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> TRTensor:
         raise RankError(f"a tensor ring needs at least two modes, got shape {sizes}")
     ring = tr_clip(sizes, check_ranks(ranks, len(sizes), f"tr_svd of shape {sizes}"))
     T = working(T)
+    size = magnitude(T)
+    T = T / size
     cores = _grow(_tr_svd(T, ring), ring)
     if max(a * b for a, b in zip(ring, (*ring[1:], ring[0]), strict=True)) > LARGEST_SYSTEM:
         sweeps = 0
@@ -58,7 +60,8 @@ def tr_svd(T: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> TRTensor:
             for k in range(len(cores)):
                 cores[k] = _update(T64, cores, k)
         cores = [core.to(T.dtype) for core in _balance(cores)]
-    return TRTensor(cores)
+    share = size ** (1 / len(cores))
+    return TRTensor([core * share for core in cores])
 
 
 def tr_compose(cores: Sequence[Tensor]) -> Tensor:

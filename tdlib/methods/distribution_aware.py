@@ -205,6 +205,6 @@ def layer_errors(
         What = to_dense(small.get_submodule(name)).detach().cpu()
         row: dict[str, Any] = {"layer": name, "ranks": list(planned.ranks)}
         row["sigma_error"] = sigma_error(W, What, statistics[name])
-        row["frobenius_error"] = float((W - What).norm() / W.norm())
+        row["frobenius_error"] = float((W - What).double().norm() / W.double().norm())
         rows.append(row)
     return rows

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tdlib.decompositions.linalg import magnitude
 from tdlib.decompositions.sigma import pinv_root
 from tdlib.errors import DataError, TdlibError
 from tdlib.formats import Ranks
@@ -166,6 +167,7 @@ def _tails(candidate: Candidate, weight: Tensor) -> list[list[float]] | None:
         return None
     tails = []
     for m in matrices:
+        m = m / magnitude(m)
         gram = m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m
         values = torch.linalg.eigvalsh(gram).clamp_min(0).cpu()  # ascending
         total = values.sum().clamp_min(torch.finfo(values.dtype).tiny)
