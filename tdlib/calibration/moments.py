@@ -5,19 +5,22 @@
   im2col. The window of positions q differs between k: rows and columns at the border that fall outside are
   subtracted (inclusion, exclusion). The buffer is (H, W, N, C), so that any crop of rows and columns is a
   batch of contiguous matrices: no copies.
-- any other convolution (`Unfolded`): im2col of a few images at a time, or of random positions only.
+- any other convolution, of one to three dimensions (`Unfolded`): im2col of a few images at a time, or of
+  random positions only.
 - linear layers (`Flat`): rows.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdlib.errors import DataError
+from tdlib.formats.chains import Conv
 
 Key = tuple[tuple[int, int], int | None, int | None]
 
@@ -46,12 +49,12 @@ def accumulator(
     """The accumulator that fits the layer; with `cross`, of E[x other^T] (and E[x]) instead of E[x x^T]."""
     if isinstance(module, nn.Linear):
         return Flat(module.in_features, cross)
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, Conv):
         raise DataError(
-            f"layer {name!r} is a {type(module).__name__}; only Conv2d and Linear have statistics"
+            f"layer {name!r} is a {type(module).__name__}; only convolutions and Linear have statistics"
         )
-    one = module.kernel_size == (1, 1)
-    if positions is None and not one and module.stride == (1, 1) and module.dilation == (1, 1):
+    plain = module.kernel_size != (1, 1) and module.stride == (1, 1) and module.dilation == (1, 1)
+    if isinstance(module, nn.Conv2d) and positions is None and plain:
         return Shifted(module, cross)
     return Unfolded(module, positions, generator, cross)
 
@@ -110,9 +113,9 @@ class Unfolded(Flat):
     """
 
     def __init__(
-        self, conv: nn.Conv2d, positions: int | None, generator: torch.Generator | None, cross: bool = False
+        self, conv: Conv, positions: int | None, generator: torch.Generator | None, cross: bool = False
     ) -> None:
-        super().__init__(conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1], cross)
+        super().__init__(conv.in_channels * math.prod(conv.kernel_size), cross)
         self.conv, self.positions, self.generator = conv, positions, generator
 
     def update(self, x: Tensor, other: Tensor | None = None) -> None:
@@ -122,20 +125,18 @@ class Unfolded(Flat):
             self.add(self.patches(x[at : at + size]), second)
 
     def patches(self, x: Tensor) -> Tensor:
-        """(patches, n) of x (N, C, H, W)."""
-        conv = self.conv
-        x = padded(conv, wide(x))
-        (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-        H, W = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-        if self.positions is None or self.positions >= H * W:
-            if (kh, kw) == (1, 1):
-                return x[:, :, ::sh, ::sw].permute(0, 2, 3, 1).reshape(-1, self.n)
-            columns = F.unfold(x, (kh, kw), dilation=(dh, dw), stride=(sh, sw))
-            return columns.transpose(1, 2).reshape(-1, self.n)
-        at = torch.randperm(H * W, generator=self.generator)[: self.positions].to(x.device)
-        rows = (at // W * sh)[:, None] + torch.arange(kh, device=x.device) * dh
-        columns = (at % W * sw)[:, None] + torch.arange(kw, device=x.device) * dw
-        picked = x[:, :, rows[:, :, None], columns[:, None, :]]  # (N, C, positions, kh, kw)
+        """(patches, n) of x (N, C, *map)."""
+        windows = padded(self.conv, wide(x))
+        geometry = zip(self.conv.kernel_size, self.conv.stride, self.conv.dilation, strict=True)
+        for axis, (k, s, d) in enumerate(geometry, start=2):
+            windows = windows.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+        places = windows.shape[2 : x.ndim]  # of (N, C, *places, *kernel), a view
+        count = math.prod(places)
+        if self.positions is None or self.positions >= count:
+            return windows.movedim(1, x.ndim - 1).reshape(-1, self.n)
+        at = torch.randperm(count, generator=self.generator)[: self.positions].to(x.device)
+        where: Any = torch.unravel_index(at, places)
+        picked = windows[:, :, *where]  # (N, C, positions, *kernel)
         return picked.transpose(1, 2).reshape(-1, self.n)
 
 
@@ -261,24 +262,25 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def explicit(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Padding of a Conv2d as (top, bottom, left, right); 'same' puts the odd cell last, as torch does."""
+def explicit(conv: Conv) -> tuple[int, ...]:
+    """Padding as (top, bottom, left, right), two for every dimension of the convolution; 'same' puts the odd
+    cell last, as torch does."""
     if conv.padding == "valid":
-        return 0, 0, 0, 0
+        return (0, 0) * len(conv.kernel_size)
     if conv.padding == "same":
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
-    ph, pw = int(conv.padding[0]), int(conv.padding[1])
-    return ph, ph, pw, pw
+        return tuple(cells for n in total for cells in (n // 2, n - n // 2))
+    return tuple(int(cells) for cells in conv.padding for _ in "ab")
 
 
-def padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """x (N, C, H, W) with the convolution's own padding applied."""
-    top, bottom, left, right = explicit(conv)
+def padded(conv: Conv, x: Tensor) -> Tensor:
+    """x (N, C, *map) with the convolution's own padding applied."""
+    cells = explicit(conv)
+    last_first = [n for k in range(len(cells) - 2, -1, -2) for n in cells[k : k + 2]]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, (left, right, top, bottom), mode=mode) if top + bottom + left + right else x
+    return F.pad(x, last_first, mode=mode) if any(cells) else x
 
 
-def output_positions(conv: nn.Conv2d, x: Tensor) -> int:
+def output_positions(conv: Conv, x: Tensor) -> int:
     """About the number of output positions of one image."""
-    return max(1, x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1]))
+    return max(1, math.prod(x.shape[2:]) // math.prod(conv.stride))

@@ -1,6 +1,6 @@
 """Input statistics of every layer, streamed by forward hooks in one pass over calibration data; their file.
 
-Sigma = E[x x^T], uncentred, and the mean E[x] of the input patches of every Conv2d (groups 1) and of the
+Sigma = E[x x^T], uncentred, and the mean E[x] of the input patches of every convolution (groups 1) and of the
 inputs of every Linear. Patches follow stride, dilation, padding and padding_mode, all positions weigh the
 same, and their order is that of `weight.reshape(O, -1)`: channel, kh, kw. Products are float32, totals
 float64. How the products are formed is in `tdlib.calibration.moments`.
@@ -23,6 +23,7 @@ from tdlib.calibration.passes import inputs, run
 from tdlib.calibration.sensitivity import TEMPERATURE, damped, fisher
 from tdlib.errors import CheckpointError, DataError
 from tdlib.files import SUM, fits, parse, read_tensors, write_tensors
+from tdlib.formats.chains import Conv
 
 
 class Statistics(Mapping[str, Tensor]):
@@ -115,7 +116,7 @@ def statistics(
 ) -> Statistics:
     """Input statistics of the model's layers over `batches` of inputs (or of (inputs, labels) pairs).
 
-    layers: names or globs; all Conv2d with groups 1 and all Linear if None. positions: use at most this many
+    layers: names or globs; all Linear and convolutions of one group if None. positions: at most this many
     random output positions of every image (drawn from `seed`) instead of all; the relative error of Sigma
     falls as 1/sqrt(images * positions). output_weights: also take the Fisher information at the layers'
     outputs (`Statistics.weights`). progress: show bars. Layers that saw fewer patches than Sigma has rows
@@ -152,14 +153,14 @@ def measurable(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module
     known: dict[str, nn.Module] = {
         n: m
         for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
+        if isinstance(m, nn.Linear) or (isinstance(m, Conv) and m.groups == 1)
     }
     if not known:
-        raise DataError("the model has no Conv2d (groups 1) or Linear layer to take statistics of")
+        raise DataError("the model has no Linear or convolution (groups 1) to take statistics of")
     for pattern in patterns:
         if not any(fnmatch(n, pattern) for n in known):
             raise DataError(
-                f"no Conv2d (groups 1) or Linear layer matches {pattern!r}; there are: {', '.join(known)}"
+                f"no Linear or convolution (groups 1) matches {pattern!r}; there are: {', '.join(known)}"
             )
     return {n: m for n, m in known.items() if any(fnmatch(n, p) for p in patterns)}
 

@@ -64,6 +64,34 @@ def test_convolution_statistics_are_exact(options):
     assert float(torch.trace(W @ stats["0"] @ W.T)) == pytest.approx(float(output), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(3, 4, 5, stride=2, padding=2, dilation=2, bias=False),
+        nn.Conv1d(3, 4, 4, padding="same", padding_mode="reflect", bias=False),
+        nn.Conv1d(3, 4, 1, bias=False),
+        nn.Conv3d(3, 4, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 2), dilation=(2, 1, 1), bias=False),
+        nn.Conv3d(3, 4, (2, 3, 3), padding="same", padding_mode="circular", bias=False),
+        nn.Conv3d(3, 4, 1, stride=2, bias=False),
+    ],
+    ids=str,
+)
+def test_convolutions_in_one_and_three_dimensions(conv):
+    """Output moments follow from those of the input: E[y y^T] = W Sigma W^T, E[y] = W E[x]."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(conv.double()), torch.randn(30, 3, *(7, 5, 6)[: conv.weight.ndim - 2]).double()
+    exact = statistics(model, [x])
+    with torch.no_grad():
+        y, W = conv(x).movedim(1, -1).flatten(0, -2), conv.weight.flatten(1)
+    torch.testing.assert_close(W @ exact["0"] @ W.T, y.T @ y / len(y), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(W @ exact.means["0"], y.mean(0), rtol=1e-6, atol=1e-8)
+    assert exact.counts["0"] == len(y)
+    sampled = [statistics(model, [x], positions=2, seed=seed) for seed in range(20)]
+    assert sampled[0].counts["0"] == 60
+    mean = torch.stack([found["0"] for found in sampled]).mean(0)
+    assert (mean - exact["0"]).norm() < 0.3 * exact["0"].norm()
+
+
 def test_images_of_several_sizes_and_batches_of_one():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3))
@@ -121,7 +149,7 @@ def test_bad_calibration_data_is_named():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     with pytest.raises(DataError, match="empty"):
         statistics(model, [])
-    with pytest.raises(DataError, match="no Conv2d"):
+    with pytest.raises(DataError, match="no Linear or convolution"):
         statistics(model, [torch.randn(9, 3)], layers=["conv*"])
     with pytest.raises(DataError, match="must be tensors"):
         statistics(model, ["a"])
