@@ -146,7 +146,7 @@ def end_layers(model: nn.Module) -> tuple[str, ...]:
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether a reader of the plan expects a word about this module: it has a weight to multiply with, or
-    another parameter of two dimensions or more."""
+    another matrix."""
     if isinstance(module, (*get_args(Layer), nn.modules.conv._ConvNd)):
         return True
     passed_over = is_norm(module) or isinstance(module, parametrize.ParametrizationList)
@@ -154,8 +154,10 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _matrices(module: nn.Module) -> list[str]:
-    """Names of the module's own parameters of two dimensions or more."""
-    return [name for name, p in module._parameters.items() if p is not None and p.ndim > 1]
+    """Names of the module's own parameters that extend along two axes or more (a scale per channel does
+    not)."""
+    own = module._parameters.items()
+    return [name for name, p in own if p is not None and sum(n > 1 for n in p.shape) > 1]
 
 
 def _obstacle(layer: nn.Module, row: Format, calls: Sequence[Call], shared: Sequence[str]) -> str | None:

@@ -212,10 +212,11 @@ def test_whatever_holds_a_matrix_is_listed_whatever_it_is():
             super().__init__()
             self.table, self.mixed, self.rnn = nn.Embedding(5, 16), Conv1D(), nn.LSTM(16, 16)
             self.norm, self.place = nn.LayerNorm((3, 16)), nn.Parameter(torch.zeros(1, 3, 16))
+            self.scale = nn.Parameter(torch.ones(16, 1))
             self.head = nn.Linear(16, 16)
 
         def forward(self, x):
-            x = self.table(x.long().flatten(1)) + self.place
+            x = self.table(x.long().flatten(1)) * self.scale[:, 0] + self.place
             return self.head(self.rnn(self.mixed(self.norm(x)))[0])
 
     skipped = tdlib.plan(Words(), (3,), "svd", 1.05).skipped
