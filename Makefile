@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CORES ?= all
 PROFILE ?= quick
+FUZZ_MINUTES ?= 10
 BIN := $(VENV)/bin
 INDEX := book/_build/html/index.html
 # Settings for the chapters, handed to Snakemake only where given.
@@ -12,13 +13,14 @@ CONFIG := profile=$(PROFILE) $(if $(CHAPTERS),chapters=$(CHAPTERS)) $(if $(DEVIC
   $(if $(SEED),seed=$(SEED)) $(if $(JOBS),jobs=$(JOBS))
 SNAKEMAKE = $(BIN)/python -m snakemake --cores $(CORES) --quiet rules progress host --keep-going --rerun-incomplete --nolock
 
-.PHONY: help book test browser sweep bench clean
+.PHONY: help book test browser sweep bench fuzz clean
 help:
 	@echo "make book     build the book with the quick profile; prints where it is"
 	@echo "make test     lint, types and tests"
 	@echo "make browser  open every page of the built book in headless Chromium"
 	@echo "make sweep SWEEP=name   run a grid of book/sweeps.yml and collect its table (JOBS=8: eight cells at a time)"
 	@echo "make bench    measure tdlib against its peers (most of an hour on a quiet core; BENCH=--quick: minutes)"
+	@echo "make fuzz     damage and forge files of every kind for ten minutes (FUZZ_MINUTES=10) and count what came of it"
 	@echo "make clean    remove what make book built (not .venv)"
 
 $(VENV)/bin/python:
@@ -53,6 +55,9 @@ sweep: $(VENV)/.book
 
 bench: $(VENV)/.book
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH)
+
+fuzz: $(VENV)/.test
+	FUZZ_MINUTES=$(FUZZ_MINUTES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:xdist tests/fuzz
 
 clean:
 	rm -rf book/_build .snakemake .pytest_cache .mypy_cache .ruff_cache

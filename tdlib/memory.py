@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tdlib.errors import MemoryLimitError
@@ -15,6 +16,8 @@ from tdlib.errors import MemoryLimitError
 SHARE = 0.8  # of what is free may be used
 CGROUP = Path("/sys/fs/cgroup")
 SIZED = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+VALUES = "normal_ uniform_ fill_ zero_ erfinv_ mul_ add_ clamp_ copy_".split()
+FILLED = {getattr(Tensor, name) for name in VALUES}
 
 
 def free(device: torch.device | str = "cpu") -> int:
@@ -51,13 +54,16 @@ def _gib(size: float) -> str:
 class Weightless(TorchFunctionMode):
     """Inside, tensors that are made by their size (weights, above all) take no memory: device "meta".
 
-    Tables (torch.arange, torch.linspace) stay real, since constructors of networks read their values.
+    Setting their values does nothing. Tables (torch.arange, torch.linspace) stay real, since constructors of
+    networks read them.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in FILLED and args[0].is_meta:
+            return args[0]
         if func in SIZED:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)

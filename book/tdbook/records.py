@@ -173,9 +173,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """One record, checked. Raises DataError naming the file and what is wrong with it."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        check(content, str(path))
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested without end
         raise DataError(f"{path} is not a record: {error}") from error
-    check(content, str(path))
     return dict(content)
 
 

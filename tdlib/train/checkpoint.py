@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.errors import CheckpointError, FileError
-from tdlib.files import write_atomic
+from tdlib.files import fits, write_atomic
 
 NAME = "checkpoint.tdlib"
 MAGIC = b"tdlib-checkpoint-1\n"
@@ -101,10 +100,10 @@ def read(
         raise CheckpointError(f"{path} is corrupt (checksum differs); {advice}")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load names no closed list of what a malformed payload can raise
         raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is not a tdlib checkpoint but a {type(state).__name__}; {advice}")
+    if not isinstance(state, dict) or not fits(state.get("identity", {}), {str: str}):
+        raise CheckpointError(f"{path} is not a tdlib checkpoint, whatever its checksum says; {advice}")
     if identity is not None and state.get("identity") != identity:
         saved = state.get("identity") or {}
         differ = [key for key in sorted({*saved, *identity}) if saved.get(key) != identity.get(key)]
