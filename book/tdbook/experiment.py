@@ -24,7 +24,7 @@ import tdlib
 from tdbook.records import read_record, record, record_path
 from tdlib.calibration import divergence
 from tdlib.data import Bundle
-from tdlib.errors import BudgetError
+from tdlib.errors import BudgetError, DataError
 from tdlib.methods.registry import accepted
 from tdlib.network import fingerprint
 from tdlib.planning import Plan
@@ -98,14 +98,14 @@ class Recorder:
 
     def read(
         self, about: Mapping[str, Any], settings: Mapping[str, Any], data: Bundle
-    ) -> tuple[dict[str, Any], Tables] | None:
-        """(row, tables) of an earlier run of the same, or None."""
+    ) -> tuple[dict[str, Any], Tables, str | None] | None:
+        """(row, tables, fingerprint of its dense network) of an earlier run of the same, or None."""
         parameters = {**self.parameters, **about}
         path = record_path(self.chapter, parameters, self.directory, settings=settings, data=data)
         if not path.is_file():
             return None
         found = read_record(path)
-        return {**about, **found["metrics"]}, found.get("history") or {}
+        return {**about, **found["metrics"]}, found.get("history") or {}, found["start"]
 
     def write(self, about: Mapping[str, Any], row: Mapping[str, Any], history: Tables, **more: Any) -> None:
         """Write the record of one row; more: of `record`."""
@@ -137,8 +137,9 @@ def experiment(
     training alike (batch_size, device, precision, checkpoint, max_minutes, ...); an arm's own go before.
     recorder: writes a record of every row as soon as it is there; rows whose record exists are read instead
     of run, so a stopped experiment continues. A record is known by its parameters, the settings of its arm
-    and the data; it also holds the fingerprint of the dense network and the ranks. progress: say when a row
-    is there, and show bars. An arm that cannot reach a ratio has no row there, and says so.
+    and the data; it also holds the ranks and the fingerprint of the dense network, which has to be the same
+    for all rows of a seed (else DataError). progress: say when a row is there, and show bars. An arm that
+    cannot reach a ratio has no row there, and says so.
 
     Columns: method (the arm), ratio (the target), by, seed. Accuracies in percent on the test split:
     dense_test_accuracy, test_accuracy_before (right after the last decomposition),
@@ -154,6 +155,7 @@ def experiment(
     same = {"progress": progress, **(training or {})}
     starts: dict[tuple[Any, int], Start] = {}
     references: dict[int, Reference] = {}
+    began: dict[int, str] = {}  # seed -> fingerprint of the dense network, of this run or of its records
     for seed, ratio, (name, arm) in product(seeds, map(float, ratios), arms.items()):
         about = {"method": name, "ratio": ratio, "by": by, "seed": seed}
         settings = described(arm, same)
@@ -166,8 +168,9 @@ def experiment(
                 results.dense[seed] = network
                 compared = network if reference is None else reference(network, seed)
                 references[seed] = Reference(compared, *_answers(compared, data, options.get("device")))
-            decisive = {**about, "settings": settings, "data": data.fingerprint}
-            decisive["start"] = fingerprint(results.dense[seed])
+            start_weights = fingerprint(results.dense[seed])
+            decisive = {**about, "settings": settings, "data": data.fingerprint, "start": start_weights}
+            _one_start(began, seed, start_weights)
             options["origin"] = checkpoint.digest({k: repr(v) for k, v in decisive.items()})
             if (arm.start, seed) not in starts:
                 before = stage({**same, "seed": seed}, f"start-{name}-{seed}", started)
@@ -183,16 +186,27 @@ def experiment(
             if recorder is not None:
                 recorder.write(
                     about, row, tables, data=data, device=options.get("device"), settings=settings,
-                    wall_seconds=time.perf_counter() - begun, start=fingerprint(results.dense[seed]),
+                    wall_seconds=time.perf_counter() - begun, start=start_weights,
                     tables={"ranks": [{"layer": k, "ranks": v} for k, v in plan.ranks.items()]},
                 )  # fmt: skip
-            found = {**about, **row}, tables
+            found = {**about, **row}, tables, start_weights
+        elif found[2] is not None:
+            _one_start(began, seed, found[2])
         results.rows.append(found[0])
         results.tables[name, ratio, seed] = found[1]
         if progress:
             took, accuracy = found[0]["seconds"], found[0]["test_accuracy"]
             print(f"{name} {ratio:g}× seed {seed}: {accuracy:.2f} % ({took:.0f} s)", flush=True)
     return results
+
+
+def _one_start(began: dict[int, str], seed: int, start: str) -> None:
+    """Raises DataError where rows of one seed would be compared that began from different networks."""
+    if began.setdefault(seed, start) != start:
+        raise DataError(
+            f"the records of seed {seed} began from other weights than this run's dense network has: go on "
+            "with the checkpoint or weights that they began from, or write the records to another folder"
+        )
 
 
 def _start(arm: Arm, dense: nn.Module, data: Bundle, options: dict[str, Any]) -> Start:

@@ -10,7 +10,7 @@ import tdlib
 from tdbook import experiment as module
 from tdbook import read_record
 from tdbook.experiment import Arm, CountedBundle, Recorder, Watch, experiment
-from tdlib.errors import BudgetError
+from tdlib.errors import BudgetError, DataError
 from tdlib.methods.direct import direct, scratch
 from tdlib.methods.distribution_aware import distribution_aware
 from tdlib.methods.iterative import iterative
@@ -169,6 +169,25 @@ def test_records_are_written_and_read_instead_of_run(run, plan, tmp_path, data, 
             run({"tuned": Arm(direct, never, finetune=changed)}, recorder=recorder)
     with pytest.raises(AssertionError, match="must not run"):
         run({"tuned": Arm(partial(scratch, epochs=1), never, finetune=TUNED)}, recorder=recorder)
+
+
+def test_rows_of_one_seed_begin_from_the_same_weights(plan, dense, data, tmp_path):
+    recorder = Recorder("toy", {"dataset": "digits"}, directory=tmp_path)
+    about = {"ratios": (2,), "training": TRAINING, "recorder": recorder}
+    experiment(dense, data, {"direct": Arm(direct, plan)}, **about)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def other(seed):
+        network = tdlib.formats.decompose(dense(seed), {})
+        with torch.no_grad():
+            network.conv1.weight.mul_(1.001)
+        return network
+
+    arms = {"direct": Arm(direct, plan), "tuned": Arm(direct, plan, finetune=TUNED)}
+    with pytest.raises(DataError, match="records of seed 0 began from other weights"):
+        experiment(other, data, arms, **about)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert len(experiment(dense, data, arms, **about).rows) == 2
 
 
 def test_what_cannot_be_reached_has_no_row_and_says_why(run, plan, capsys):
