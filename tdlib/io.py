@@ -170,7 +170,8 @@ def _fit(network: nn.Module, tensors: Mapping[str, Tensor], dense: nn.Module) ->
         if "bias" in module._parameters and module.bias is None:
             saved = tensors.get(f"{prefix}.bias" if prefix else "bias")
             if saved is not None:
-                layer: Any = module if hasattr(module, "weight") else dense.get_submodule(prefix)
+                replaced = prefix in provenance(network).layers
+                layer: Any = dense.get_submodule(prefix) if replaced else module
                 if saved.shape != layer.weight.shape[:1]:
                     raise CheckpointError(f"{prefix}.bias has shape {tuple(saved.shape)}")
                 module.bias = nn.Parameter(saved.clone())
