@@ -15,7 +15,6 @@ from tdlib.cli.common import (
     ByOption,
     DebugOption,
     JsonOption,
-    RatioOption,
     UsageError,
     WeightsOption,
     open_model,
@@ -82,7 +81,9 @@ def count(
 
 def plan(
     model: ModelArgument,
-    ratio: RatioOption = 2.0,
+    ratio: Annotated[
+        float | None, typer.Option(help="Dense / compressed; 2 where neither this nor energy is set.")
+    ] = None,
     by: ByOption = "params",
     format: Annotated[str, typer.Option(help="tt, tucker2, cp, cp4, svd, tr or tt-matrix.")] = "tt",
     rule: Annotated[
@@ -95,7 +96,8 @@ def plan(
     input_shape: ShapeOption = None,
     weights: WeightsOption = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Option of the format, or multiple=16: key=value.")
+        list[str] | None,
+        typer.Option("--set", help="Option of the format, multiple=16 or energy=0.9: key=value."),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -111,9 +113,12 @@ def plan(
 
     shape = None if input_shape is None else parse_shape(input_shape)
     network = open_model(model, classes, weights, shape)
+    given = parse_settings(settings or ())
+    if ratio is None and "energy" not in given:
+        ratio = 2.0
     found = tdlib.plan(
         network, shape or remembered_shape(network), format=format, ratio=ratio, by=by, rule=rule,
-        skip=skip or (), **parse_settings(settings or ()),
+        skip=skip or (), **given,
     )  # fmt: skip
     typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
 

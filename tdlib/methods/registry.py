@@ -259,7 +259,7 @@ def planned(
     ratio: float | None = None,
     by: str = "params",
     skip: Sequence[str] | None = None,
-    rule: str = "uniform",
+    rule: str | None = None,
     ranks: Mapping[str, Sequence[int]] | None = None,
     options: Mapping[str, Any] | None = None,
     statistics: Any = None,
@@ -276,7 +276,7 @@ def planned(
     shape = data.input_shape if hasattr(data, "input_shape") else data[0].shape[1:]
     return plan(
         model, tuple(shape), format, ratio, by, end_layers(model) if skip is None else skip, rule, ranks,
-        statistics, multiple=multiple, progress=progress, **dict(options or {}),
+        statistics if rule == "global" else None, multiple=multiple, progress=progress, **dict(options or {}),
     )  # fmt: skip
 
 

@@ -43,9 +43,11 @@ class Budget:
         return abs(self.ratio_of(spent) / self.ratio - 1) <= TOLERANCE
 
 
-def make_budget(total: int, candidates: Sequence[Candidate], ratio: float, by: str) -> Budget:
-    """The budget for a target ratio. Raises BudgetError, naming the best reachable ratio, if it cannot be
-    met."""
+def make_budget(
+    total: int, candidates: Sequence[Candidate], ratio: float, by: str, dense: Callable[[], str] = str
+) -> Budget:
+    """The budget for a target ratio. Raises BudgetError, naming the best reachable ratio and what `dense`
+    says of the layers that stay dense anyway, if it cannot be met."""
     fixed = total - sum(c.cost(None) for c in candidates)
     budget = Budget(total, fixed, float(ratio), by)
     least = spent(candidates, smallest(candidates))
@@ -57,8 +59,8 @@ def make_budget(total: int, candidates: Sequence[Candidate], ratio: float, by: s
         )
     if budget.ratio > budget.ratio_of(least):
         raise BudgetError(
-            f"a ratio of {ratio:g} in {by} cannot be reached: "
-            f"the best reachable is {best:.3f}, with every rank at 1"
+            f"a ratio of {ratio:g} in {by} cannot be reached: the best reachable is {best:.3f}, "
+            f"with every rank at {candidates[0].multiple}" + (f"; {why}" if (why := dense()) else "")
         )
     return budget
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tdlib.errors import TdlibError, needs
 from tdlib.io import once, size_on_disk
 from tdlib.network import evaluating, provenance
-from tdlib.planning.cost import count
+from tdlib.planning.cost import Given, Inputs, call, count, example
 
 WHOLE = "whole network"
 NOTE = (
@@ -31,7 +31,7 @@ class Comparison:
     alone."""
 
     rows: tuple[dict[str, Any], ...]
-    input_shape: tuple[int, ...]
+    input_shape: tuple[Any, ...]
     batch: int
     device: str
 
@@ -65,19 +65,23 @@ class Comparison:
 def compare(
     dense: nn.Module,
     compressed: nn.Module,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | None = None,
     batch: int = 1,
     repeats: int = 20,
+    *,
+    example_inputs: Given = None,
 ) -> Comparison:
-    """Compare two networks on one input shape (without batch). Layers are matched by name.
+    """Compare two networks on one input shape (without batch), or on `example_inputs` as `tdlib.count` takes
+    them. Layers are matched by name.
 
-    MACs are for a batch of one; latency is the median of `repeats` runs at `batch`, the two networks taking
-    turns. Neither network is changed. Raises: TdlibError if either does not run on the input.
+    MACs are for a batch of one; latency is the median of `repeats` runs at `batch` (example inputs are
+    repeated), the two networks taking turns. Neither network is changed. Raises: TdlibError if either does
+    not run on the input.
     """
     if batch < 1 or repeats < 1:
         raise TdlibError(f"batch and repeats must be at least 1, got {batch} and {repeats}")
     models = dense, compressed
-    costs = [count(model, input_shape) for model in models]
+    costs = [count(model, input_shape, example_inputs=example_inputs) for model in models]
     formats = {n: layer.format for model in models for n, layer in provenance(model).layers.items()}
     units = list(dict.fromkeys(_unit(row.name, formats) for cost in costs for row in cost.layers))
     places = [_place(model).device for model in models]
@@ -86,11 +90,9 @@ def compare(
             f"the dense network is on {places[0]}, the compressed one on {places[1]}: move them to one "
             "device, or their times say nothing of each other"
         )
-    first, generator = _place(dense), torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *input_shape, generator=generator)
-    rows = []
+    device, rows = places[0], []
     with torch.no_grad(), evaluating(dense), evaluating(compressed):
-        own = [x.to(_place(model)) for model in models]
+        own = [_batch(model, input_shape, example_inputs, batch) for model in models]
         inputs = [_inputs(model, units, y) for model, y in zip(models, own, strict=True)]
         for name in units:
             sizes = [
@@ -102,17 +104,28 @@ def compare(
                 if both
                 else []
             )
-            rows.append(_row(name, formats.get(name, ""), sizes, _latency(runs, repeats, first.device)))
+            rows.append(_row(name, formats.get(name, ""), sizes, _latency(runs, repeats, device)))
         whole = [(cost.params, cost.macs, size_on_disk(m)) for m, cost in zip(models, costs, strict=True)]
-        runs = [_call(model, (y,)) for model, y in zip(models, own, strict=True)]
-        last = _row(WHOLE, "", whole, _latency(runs, repeats, first.device))
+        runs = [_call(model, y) for model, y in zip(models, own, strict=True)]
+        last = _row(WHOLE, "", whole, _latency(runs, repeats, device))
     last["params_ratio"] = _ratio(costs[0].weights, costs[1].weights)
-    return Comparison((*rows, last), tuple(input_shape), batch, str(first.device))
+    return Comparison((*rows, last), costs[0].input_shape, batch, str(device))
 
 
 def _place(model: nn.Module) -> Tensor:
     """A tensor of the type and on the device of the model's first floating-point parameter."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
+def _batch(model: nn.Module, input_shape: Sequence[int] | None, given: Given, batch: int) -> Inputs:
+    """Random inputs of the shape, the same for every model, or the example inputs repeated."""
+    if input_shape is not None:
+        x = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
+        return (x.to(_place(model)),)
+    inputs = example(model, None, given)
+    if isinstance(inputs, dict):
+        return {name: x.repeat_interleave(batch, 0) for name, x in inputs.items()}
+    return tuple(x.repeat_interleave(batch, 0) for x in inputs)
 
 
 def _unit(name: str, formats: dict[str, str]) -> str:
@@ -142,7 +155,7 @@ def _bytes(model: nn.Module, name: str) -> int:
     return sum(t.numel() * t.element_size() for t in once(module.state_dict())[0].values())
 
 
-def _inputs(model: nn.Module, units: Sequence[str], x: Tensor) -> dict[str, tuple[Any, ...]]:
+def _inputs(model: nn.Module, units: Sequence[str], inputs: Inputs) -> dict[str, tuple[Any, ...]]:
     """The positional arguments with which each unit is first called in the network."""
     seen: dict[str, tuple[Any, ...]] = {}
     named = dict(model.named_modules())
@@ -159,7 +172,7 @@ def _inputs(model: nn.Module, units: Sequence[str], x: Tensor) -> dict[str, tupl
             if name in named and name:
                 handle = named[name].register_forward_pre_hook(keep(name), with_kwargs=True)
                 hooks.callback(handle.remove)
-        model(x)
+        call(model, inputs)
     return seen
 
 
@@ -167,8 +180,8 @@ def _runner(model: nn.Module, name: str, inputs: dict[str, tuple[Any, ...]]) -> 
     return _call(model.get_submodule(name), inputs[name])
 
 
-def _call(module: nn.Module, args: tuple[Any, ...]) -> Callable[[], Any]:
-    return lambda: module(*args)
+def _call(module: nn.Module, inputs: Inputs) -> Callable[[], Any]:
+    return lambda: call(module, inputs)
 
 
 def _latency(

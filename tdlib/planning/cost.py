@@ -8,7 +8,7 @@ papers do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,8 @@ from tdlib.errors import TdlibError, needs
 from tdlib.network import check_layered, evaluating
 
 Call = tuple[tuple[int, ...], tuple[int, ...]]  # input shape, output shape
+Inputs = tuple[Tensor, ...] | dict[str, Tensor]  # of one forward pass
+Given = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -55,14 +57,15 @@ class Cost:
     """Parameters and MACs of a network for one input.
 
     params: all parameters (every nn.Parameter once, frozen or not); bn_params: those of norm layers;
-    weights = params - bn_params, the number used in ratios; macs: for a batch of one.
+    weights = params - bn_params, the number used in ratios; macs: for a batch of one. input_shape: without
+    the batch; of several inputs one shape each.
     """
 
     params: int
     bn_params: int
     macs: int
     layers: tuple[Row, ...]
-    input_shape: tuple[int, ...]
+    input_shape: tuple[Any, ...]
 
     @property
     def weights(self) -> int:
@@ -77,6 +80,19 @@ class Cost:
         """(params, macs) of the module of that name with everything inside it."""
         rows = [row for row in self.layers if row.name == name or row.name.startswith(name + ".")]
         return sum(row.params for row in rows), sum(row.macs for row in rows)
+
+    def shares(self, names: Iterable[str], others: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
+        """(params, macs) of the named modules with what is inside them, except what belongs to another of the
+        names or `others`."""
+        found = dict.fromkeys(names, (0, 0))
+        every = {*found, *others}
+        for row in self.layers:
+            around = [name for name in every if row.name == name or row.name.startswith(name + ".")]
+            owner = max(around, key=len, default=None)
+            if owner in found:
+                params, macs = found[owner]
+                found[owner] = params + row.params, macs + row.macs
+        return found
 
     def to_frame(self) -> Any:
         """pandas table: one row per layer."""
@@ -98,20 +114,25 @@ class Cost:
         return tabulate([*rows, total], head, disable_numparse=True, colalign=align) + "\n" + note
 
 
-def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
+def count(
+    model: nn.Module, input_shape: Sequence[int] | None = None, *, example_inputs: Given = None
+) -> Cost:
     """Parameters and MACs of `model` for one input of `input_shape` (without the batch, e.g. (3, 32, 32)).
 
-    The model runs once, on its own device, in eval mode; modes, buffers and random state are as before
-    afterwards.
+    example_inputs, instead of a shape: a tensor, several in a sequence, or a mapping of keyword arguments,
+    each with a batch of 1, for networks that take integers or more than one input. The model runs once, on
+    its own device, in eval mode; modes, buffers and random state are as before afterwards.
+    Raises: TdlibError if the model does not run on the input.
     """
-    return measure(model, input_shape)[0]
+    return measure(model, input_shape, example_inputs)[0]
 
 
-def measure(model: nn.Module, input_shape: Sequence[int]) -> tuple[Cost, tuple[Tensor, ...], Any]:
+def measure(
+    model: nn.Module, input_shape: Sequence[int] | None, example_inputs: Given = None
+) -> tuple[Cost, Inputs, Any]:
     """What `count` gives, with the inputs and the output of the pass that it takes."""
     check_layered(model)
-    shape = tuple(int(n) for n in input_shape)
-    inputs = (_example(model, shape),)
+    inputs = example(model, input_shape, example_inputs)
     with untouched(model):
         total, own, calls, output = _run(model, inputs)
     rows, seen = [], set[int]()
@@ -127,7 +148,7 @@ def measure(model: nn.Module, input_shape: Sequence[int]) -> tuple[Cost, tuple[T
         rows.append(Row(name, kind, params, macs, before, after, is_norm(module), tuple(shapes)))
     params = sum(row.params for row in rows)
     bn_params = sum(row.params for row in rows if row.norm)
-    return Cost(params, bn_params, total, tuple(rows), shape), inputs, output
+    return Cost(params, bn_params, total, tuple(rows), shape_of(inputs)), inputs, output
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -137,12 +158,42 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS) or (leaf and "norm" in type(module).__name__.lower())
 
 
-def _example(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """One random input (1, *input_shape) from [0, 1), always the same one, in dtype and on device of the
-    model's first floating-point parameter."""
-    x = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
-    like = next((p for p in model.parameters() if p.is_floating_point()), x)
-    return x.to(like)
+def example(model: nn.Module, input_shape: Sequence[int] | None, example_inputs: Given) -> Inputs:
+    """The example inputs, on the model's device; or for a shape one random input from [0, 1), always the same
+    one, in dtype and on device of the model's first floating-point parameter.
+
+    Raises: TdlibError unless one of the two is given, in the form that `count` describes.
+    """
+    if (input_shape is None) == (example_inputs is None):
+        raise TdlibError(
+            "give either the shape of one input without the batch, e.g. (3, 32, 32), or example_inputs"
+        )
+    place = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    if input_shape is not None:
+        shape = tuple(int(n) for n in input_shape)
+        return (torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).to(place),)
+    given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not isinstance(given, Sequence | Mapping) or not given:
+        raise TdlibError(f"example_inputs are tensors, got {type(given).__name__}: {given!r}")
+    for x in given.values() if isinstance(given, Mapping) else given:
+        found = tuple(x.shape) if isinstance(x, Tensor) else repr(x)
+        if not isinstance(x, Tensor) or x.shape[:1] != (1,):
+            raise TdlibError(f"example_inputs are one input: tensors with a batch of 1 in front, got {found}")
+    if isinstance(given, Mapping):
+        return {name: x.to(place.device) for name, x in given.items()}
+    return tuple(x.to(place.device) for x in given)
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's output for these inputs."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def shape_of(inputs: Inputs) -> tuple[Any, ...]:
+    """The shape of one input without the batch; of several, one shape each."""
+    tensors = inputs.values() if isinstance(inputs, dict) else inputs
+    shapes = tuple(tuple(x.shape[1:]) for x in tensors)
+    return shapes[0] if len(shapes) == 1 else shapes
 
 
 @contextmanager
@@ -160,7 +211,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _run(
-    model: nn.Module, inputs: tuple[Tensor, ...]
+    model: nn.Module, inputs: Inputs
 ) -> tuple[int, dict[nn.Module, int], dict[nn.Module, list[Call]], Any]:
     """One forward pass: all MACs, those that each module did itself (not in a child), the shapes it was
     called with, and the output."""
@@ -188,10 +239,12 @@ def _run(
                 context.callback(module.register_forward_hook(leave).remove)
             context.enter_context(_unfused(model))
             with counter:
-                result = model(*inputs)
-    except (RuntimeError, TypeError, ValueError) as error:
-        shape = tuple(inputs[0].shape)
-        raise TdlibError(f"the model does not run on an input of shape {shape}: {error}") from error
+                result = call(model, inputs)
+    except Exception as error:  # the model's own code
+        what = f"{type(error).__name__}: {error}"
+        raise TdlibError(
+            f"the model does not run on one input of shape {shape_of(inputs)}: {what}"
+        ) from error
     return counter.get_total_flops() // 2, own, calls, result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from tabulate import tabulate
@@ -14,9 +15,10 @@ from tdlib.errors import RankError, TdlibError, needs, unknown
 from tdlib.formats import LayerPlan
 from tdlib.planning.budget import Choice, make_budget
 from tdlib.planning.candidates import Candidate, candidates
-from tdlib.planning.cost import measure
+from tdlib.planning.cost import Given, measure
 from tdlib.planning.probe import probe
 from tdlib.planning.rules import RULES, Request
+from tdlib.planning.skipped import groups, percent, summary
 
 NOTE = (
     "ratio = dense / compressed of the whole network for one input; norm layers' parameters left out of both"
@@ -35,7 +37,7 @@ class LayerCost:
 @dataclass(frozen=True)
 class Plan(Mapping[str, LayerPlan]):
     """Layer name → LayerPlan (format, ranks, options), for the layers to decompose; `skipped` says why the
-    others stay dense.
+    others stay dense, and `skipped_costs` what they cost, (params, macs).
 
     dense_params, dense_macs: of the whole network before (params with norm layers, whose share is
     bn_params); params, macs: after `decompose`, exactly. ratio: what the plan really gives in its unit `by`;
@@ -51,6 +53,7 @@ class Plan(Mapping[str, LayerPlan]):
     dense_macs: int
     bn_params: int
     skipped: Mapping[str, str] = field(default_factory=dict)
+    skipped_costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LayerPlan:
         return self.layers[name]
@@ -136,7 +139,12 @@ class Plan(Mapping[str, LayerPlan]):
             f"{self.dense_macs:,} → {self.macs:,} MACs ({self.macs_ratio:.3f}×); "
             f"rule {self.rule}, by {self.by}"
         )
-        dense = [f"dense: {name}: {reason}" for name, reason in self.skipped.items()]
+        dense = []
+        for group in groups(self.skipped, self.skipped_costs, self.by):
+            params = percent(group.size[0], self.dense_params)
+            macs = percent(group.size[1], self.dense_macs)
+            share = f" ({params} of the parameters, {macs} of the MACs)" if self.skipped_costs else ""
+            dense.append(f"dense: {', '.join(group.names)}: {group.reason}{share}")
         return "\n".join([tabulate(rows, head, disable_numparse=True, colalign=align), whole, NOTE, *dense])
 
     def __repr__(self) -> str:
@@ -151,7 +159,8 @@ class Plan(Mapping[str, LayerPlan]):
         }
         dense = {"params": self.dense_params, "macs": self.dense_macs, "bn_params": self.bn_params}
         head = {"format": self.format, "rule": self.rule, "by": self.by, "dense": dense}
-        return {**head, "layers": rows, "skipped": dict(self.skipped)}
+        costs = {name: list(cost) for name, cost in self.skipped_costs.items()}
+        return {**head, "layers": rows, "skipped": dict(self.skipped), "skipped_costs": costs}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -164,6 +173,7 @@ class Plan(Mapping[str, LayerPlan]):
             }
             head = {key: data[key] for key in ("format", "rule", "by", "skipped")}
             dense = data["dense"]
+            head["skipped_costs"] = {n: tuple(c) for n, c in data.get("skipped_costs", {}).items()}
             return cls(
                 layers, costs, dense_params=dense["params"], dense_macs=dense["macs"],
                 bn_params=dense["bn_params"], **head,
@@ -174,41 +184,46 @@ class Plan(Mapping[str, LayerPlan]):
 
 def plan(
     model: nn.Module,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | None = None,
     format: str = "tt",
     ratio: float | None = None,
     by: str = "params",
     skip: Sequence[str] = (),
-    rule: str = "uniform",
+    rule: str | None = None,
     ranks: Mapping[str, Sequence[int]] | None = None,
     statistics: Mapping[str, Tensor] | None = None,
     *,
     energy: float | None = None,
     multiple: int = 1,
+    example_inputs: Given = None,
     progress: bool = False,
     **options: Any,
 ) -> Plan:
     """Ranks for the layers of `model` so that the whole network shrinks by `ratio`, within 2 %.
 
-    input_shape: one input without the batch, e.g. (3, 32, 32). ratio: dense / compressed of the whole
-    network, in `by` ("params", norm layers left out of both sides, or "macs"). skip: layer names or globs
-    that stay dense.
-    rule: "uniform" (same fraction of channels everywhere), "energy" (same kept share of squared singular
-    values, or `energy` without a ratio), "evbmf" (with or without a ratio), "global" (budget where it buys
-    most; with `statistics` errors are those of the layers' outputs, with their Fisher weights the harm to the
-    network's output). ranks: an explicit table instead of a rule, layer → ranks; names not in it stay dense.
-    multiple: round every rank to a multiple of it (or to its bound): processors calculate in blocks of 8 or
-    16 channels, so that 16 is often faster at the same cost. progress: show bars.
+    input_shape: one input without the batch, e.g. (3, 32, 32); or example_inputs as `tdlib.count` takes them.
+    ratio: dense / compressed of the whole network, in `by` ("params", norm layers left out of both sides, or
+    "macs"). skip: layer names or globs that stay dense.
+    rule: "uniform" (the default: same fraction of channels everywhere), "energy" (same kept share of squared
+    singular values, or `energy` instead of a ratio), "evbmf" (with or without a ratio), "global" (budget
+    where it buys most; with `statistics` errors are those of the layers' outputs, with their Fisher weights
+    the harm to the network's output). ranks: an explicit table instead of a rule, layer → ranks; names not in
+    it stay dense.
+    multiple: choose ranks that are multiples of it (or bounds): processors calculate in blocks of 8 or 16
+    channels, so that 16 is often faster at the same cost. progress: show bars.
     options: for the format, e.g. order=2 or out_modes=(8, 4) for factorised channels; a value may be a
     mapping from layer names or globs to values.
-    Raises: BudgetError if the ratio cannot be reached (with the best reachable), RankError, UnknownName,
-    NonFiniteError, TdlibError for a model without layers to compress.
+    Raises: BudgetError if the ratio cannot be reached (with the best reachable, and what stays dense),
+    RankError, UnknownName, NonFiniteError, TdlibError for arguments that exclude each other or would be
+    ignored, and for a model without layers to compress.
     """
-    if rule not in RULES:
+    if rule is not None and rule not in RULES:
         raise unknown("rule", rule, RULES)
     if multiple < 1:
         raise RankError(f"multiple must be at least 1, got {multiple}")
-    cost, inputs, output = measure(model, input_shape)
+    _check_together(ratio, rule, ranks, statistics, energy, multiple)
+    rule = rule or "uniform"
+    cost, inputs, output = measure(model, input_shape, example_inputs)
     found, skipped = candidates(
         model, cost, format, by, (skip,) if isinstance(skip, str) else skip, options, multiple
     )
@@ -219,14 +234,14 @@ def plan(
             "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no kernel"
         )
         raise TdlibError(f"nothing to compress with format {format!r}: {reasons}")
-    if ranks is not None and ratio is not None:
-        raise TdlibError("give either a ratio or an explicit table of ranks, not both")
     request = Request(None, energy, statistics, progress)
     if ranks is not None:
         rule, choice = "explicit", _explicit(found, skipped, ranks, request)
     else:
         if ratio is not None:
-            request.budget = make_budget(cost.by(by), found, ratio, by)
+            total, left = cost.by(by), cost.shares(skipped, [c.name for c in found])
+            stays = partial(summary, dict(skipped), left, total, by, len(found))
+            request.budget = make_budget(total, found, ratio, by, stays)
         choice = RULES[rule](found, request)
     layers, costs = {}, {}
     for c in found:
@@ -241,7 +256,31 @@ def plan(
             costs[c.name] = LayerCost(c.kernel.shape, c.dense, c.both(chosen))
     order = [name for name, _ in model.named_modules()]
     skipped = dict(sorted(skipped.items(), key=lambda item: order.index(item[0])))
-    return Plan(layers, costs, format, rule, by, cost.params, cost.macs, cost.bn_params, skipped)
+    left = cost.shares(skipped, layers)
+    return Plan(layers, costs, format, rule, by, cost.params, cost.macs, cost.bn_params, skipped, left)
+
+
+def _check_together(
+    ratio: float | None, rule: str | None, ranks: Any, statistics: Any, energy: float | None, multiple: int
+) -> None:
+    """Raises TdlibError for arguments of `plan` of which one would be ignored."""
+    if ranks is not None:
+        chosen = {"a ratio": ratio, "a rule": rule, "energy": energy, "statistics": statistics}
+        idle = [name for name, value in chosen.items() if value is not None]
+        idle += ["a multiple"] if multiple != 1 else []
+        if idle:
+            raise TdlibError(f"give either {', '.join(idle)} or an explicit table of ranks, not both")
+        return
+    if energy is not None and (rule != "energy" or ratio is not None):
+        raise TdlibError(
+            "energy is a share to keep, the target of rule='energy' in place of a ratio; "
+            f"got energy={energy} with rule={rule!r} and ratio={ratio}"
+        )
+    if statistics is not None and rule != "global":
+        raise TdlibError(
+            f"only rule='global' looks at statistics, rule={rule or 'uniform'!r} would ignore them: choose "
+            "that rule, or leave them out here and give them to `decompose`"
+        )
 
 
 def _explicit(

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from tdlib.formats import KernelFormat, LayerPlan, install
 from tdlib.network import duplicate
-from tdlib.planning.cost import untouched
+from tdlib.planning.cost import Inputs, call, untouched
 
 
 def probe(
-    model: nn.Module, inputs: Sequence[Tensor], output: Any, kernels: Mapping[str, KernelFormat]
+    model: nn.Module, inputs: Inputs, output: Any, kernels: Mapping[str, KernelFormat]
 ) -> dict[str, str]:
     """{layer: why it cannot be replaced in this network}; empty where all can.
 
@@ -36,7 +36,8 @@ def probe(
     if not kernels or without_values or _trial(model, inputs, kernels, tree_leaves(output)) is None:
         return {}
     with untouched(model):
-        expected = tree_leaves(model(*inputs))  # again: attention may have rounded otherwise when counted
+        output = call(model, inputs)  # again: attention may have rounded otherwise when counted
+    expected = tree_leaves(output)
     found: dict[str, str] = {}
 
     def accepted(names: list[str], before: list[str]) -> list[str]:
@@ -55,7 +56,7 @@ def probe(
 
 
 def _trial(
-    model: nn.Module, inputs: Sequence[Tensor], kernels: Mapping[str, KernelFormat], expected: Sequence[Any]
+    model: nn.Module, inputs: Inputs, kernels: Mapping[str, KernelFormat], expected: Sequence[Any]
 ) -> str | None:
     """What goes wrong with these layers replaced, or None."""
     held: set[nn.Module] = set()  # layers of the model itself that ran with the copy
@@ -68,7 +69,7 @@ def _trial(
             hook = model.get_submodule(name).register_forward_pre_hook(lambda layer, _: held.add(layer))
             context.callback(hook.remove)
         try:
-            output = tree_leaves(network(*inputs))
+            output = tree_leaves(call(network, inputs))
         except Exception as error:  # the model's own code
             line = (str(error).splitlines() or [""])[0]
             return f"the network does more with it than call it ({type(error).__name__}: {line})"

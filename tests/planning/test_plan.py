@@ -191,7 +191,12 @@ def test_what_stays_dense_and_why():
     assert set(plan.skipped) == reasons.keys() and set(plan) == {"conv"}
     for name, words in reasons.items():
         assert words in plan.skipped[name], name
-        assert f"dense: {name}: " in str(plan)
+    assert str(plan).count(": its weight is shared with") == 2
+    dense = tdlib.count(model, (8, 4, 4))
+    assert plan.skipped_costs["attention.out_proj"] == dense.under("attention.out_proj")
+    assert plan.skipped_costs["normed"] == dense.under("normed")
+    planned = dense.under("conv")[0]
+    assert sum(params for params, _ in plan.skipped_costs.values()) == dense.params - planned
     small = tdlib.decompose(model, plan)
     assert tdlib.count(small, (8, 4, 4)).params == plan.params
     plan = tdlib.plan(network(), SHAPE, format="tt-matrix", ratio=1.05)
@@ -258,6 +263,15 @@ def test_explicit_ranks_are_copied_clipped_and_never_changed():
         ({"ranks": {"conv": (1, 1)}}, UnknownName, "conv"),
         ({"ratio": 2, "out_modes": (5, 5)}, RankError, "multiply to 25"),
         ({"rule": "energy", "energy": 1.5}, TdlibError, "share"),
+        ({"rule": "energy", "energy": 0.5, "ratio": 2}, TdlibError, "in place of a ratio.*ratio=2"),
+        ({"rule": "global", "energy": 0.5, "ratio": 2}, TdlibError, "rule='global'"),
+        ({"energy": 0.5}, TdlibError, "rule='energy'"),
+        ({"ranks": {"3": (1, 1)}, "rule": "uniform"}, TdlibError, "a rule or an explicit table"),
+        ({"ranks": {"3": (1, 1)}, "energy": 0.5}, TdlibError, "energy or an explicit table"),
+        ({"ranks": {"3": (1, 1)}, "multiple": 4}, TdlibError, "a multiple or an explicit table"),
+        ({"ranks": {"3": (1, 1)}, "statistics": {}}, TdlibError, "statistics or an explicit table"),
+        ({"ratio": 2, "statistics": {}}, TdlibError, "'uniform' would ignore"),
+        ({"ratio": 2, "rule": "energy", "statistics": {}}, TdlibError, "'energy' would ignore"),
     ],
 )
 def test_bad_requests(arguments, error, words):
@@ -390,3 +404,79 @@ def test_ranks_are_multiples_or_bounds_and_the_budget_is_met(rule, format):
 def test_a_multiple_below_one_is_refused():
     with pytest.raises(RankError, match="multiple must be at least 1"):
         tdlib.plan(tdlib.models.build("cnn", 10), (1, 8, 8), "tucker2", 2.0, multiple=0)
+
+
+def test_an_unreachable_ratio_says_what_stays_dense_and_why():
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x * 2)
+
+    model = nn.Sequential(*(Own(8, 8, 3) for _ in range(3)), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1, groups=8))
+    words = (
+        r"with every rank at 1; 4 of 5 layers stay dense \(\d\d\.\d % of the macs\): "
+        r"3× 'Own has a forward of its own'; 1× 'depthwise convolution'"
+    )
+    with pytest.raises(BudgetError, match=words):
+        tdlib.plan(model, (8, 16, 16), ratio=2, by="macs")
+    text = str(tdlib.plan(model, (8, 16, 16), ratio=1.05))
+    assert "dense: 0, 1, 2: Own has a forward of its own (7" in text
+    assert text.index("forward of its own") < text.index("depthwise")
+
+
+class Two(nn.Module):
+    """Tokens through an embedding, with a mask: integer inputs, two of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.first, self.second = nn.Embedding(50, 24), nn.Linear(24, 100), nn.Linear(100, 60)
+
+    def forward(self, tokens, mask=None):
+        x = self.table(tokens) if mask is None else self.table(tokens) * mask[..., None]
+        return self.second(self.first(x).relu()).mean(1)
+
+
+def test_networks_of_integer_inputs_and_of_several():
+    model, tokens, mask = Two(), torch.arange(7)[None], torch.ones(1, 7)
+    macs = 7 * (24 * 100 + 100 * 60)
+    for given in (tokens, (tokens,), [tokens, mask], {"tokens": tokens, "mask": mask}):
+        cost = tdlib.count(model, example_inputs=given)
+        assert cost.macs == macs and cost.layers[1].in_shape == (1, 7, 24)
+        plan = tdlib.plan(model, format="svd", ratio=2, by="macs", example_inputs=given)
+        assert set(plan) == {"first", "second"} and plan.ratio == pytest.approx(2, rel=0.02)
+        assert "table" in plan.skipped
+        small = tdlib.decompose(model, plan)
+        assert tdlib.count(small, example_inputs=given).macs == plan.macs
+        table = tdlib.compare(model, small, example_inputs=given, batch=3, repeats=1)
+        assert table.whole["macs_ratio"] == plan.ratio and table.whole["ms"] > 0
+    assert tdlib.count(model, example_inputs=tokens).input_shape == (7,)
+    assert tdlib.count(model, example_inputs=(tokens, mask)).input_shape == ((7,), (7,))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "give either"),
+        ({"input_shape": (7,), "example_inputs": torch.zeros(1, 7)}, "give either"),
+        ({"example_inputs": torch.zeros(2, 7)}, r"batch of 1 in front, got \(2, 7\)"),
+        ({"example_inputs": (torch.zeros(1, 7), 3)}, "batch of 1 in front, got 3"),
+        ({"example_inputs": ()}, "are tensors"),
+        ({"example_inputs": 7}, "are tensors, got int"),
+        ({"input_shape": (7,)}, r"shape \(7,\): RuntimeError"),
+    ],
+)
+def test_inputs_that_are_none(given, words):
+    for call in (tdlib.count, tdlib.plan):
+        with pytest.raises(TdlibError, match=words):
+            call(Two(), **given)
+
+
+def test_whatever_a_forward_raises_is_named():
+    class Fussy(nn.Linear):
+        def forward(self, x):
+            assert x.shape[-1] == 3, "wrong size"
+            return super().forward(x)
+
+    with pytest.raises(TdlibError, match=r"shape \(4,\): AssertionError: wrong size") as caught:
+        tdlib.count(Fussy(3, 3), (4,))
+    assert isinstance(caught.value.__cause__, AssertionError)
