@@ -80,11 +80,11 @@ def fit(
     check_schedule(schedule, step_epochs, warmup_epochs, epochs)
     identity = {key: repr(value) for key, value in identity_of.items()}
     identity["augment"] = repr(data.resolve(augment))
-    identity["hooks"] = repr([hook.identity() for hook in hooks])
     directory, saved = None if checkpoint is None else Path(checkpoint), None
     if directory is not None:
         identity |= {"model": store.structure(model), "weights": (origin or fingerprint(model))[:16]}
         identity["data"] = data.fingerprint[:16]
+        identity["hooks"] = repr([hook.identity() for hook in hooks])
         saved = store.read(directory, identity, None if origin else model)
         store.prepare(directory, model)
 
