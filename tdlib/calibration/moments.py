@@ -13,6 +13,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +38,7 @@ class Moments(Protocol):
         """Take the layer's input; with `cross`, also the same layer's input in another network."""
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """(Sigma (n, n), mean (n,)), float64 on the CPU."""
+        """(Sigma (n, n), mean (n,)), float64 on the CPU. Once, at the end: the sums are used up."""
 
 
 def accumulator(
@@ -74,6 +76,14 @@ def add_gram(total: Tensor, rows: Tensor, block: int = 384) -> None:
         total[at : at + block, at:] += rows[:, at : at + block].T @ rows[:, at:]
 
 
+def mirror(total: Tensor, block: int = 384) -> None:
+    """Copy the upper triangle to the lower one in place: a second (n, n) may be gigabytes."""
+    for at in range(0, len(total), block):
+        corner = total[at : at + block, at : at + block]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        total[at + block :, at : at + block] = total[at : at + block, at + block :].T
+
+
 class Flat:
     """Second moment of the rows of x (..., n), or of the rows of x against those of another input."""
 
@@ -103,13 +113,14 @@ class Flat:
         self.count += len(rows)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        sigma, mean = self.total / self.count, (self.first / self.count).cpu()
-        return (sigma if self.cross else sigma.triu() + sigma.triu(1).T).cpu(), mean
+        if not self.cross:
+            mirror(self.total)
+        return self.total.div_(self.count).cpu(), self.first.div_(self.count).cpu()
 
 
 class Unfolded(Flat):
-    """Patches by im2col, or by gathering `positions` random output positions per image, a few images at a
-    time.
+    """Patches by im2col, or by gathering `positions` random output positions per image: of a few images at a
+    time, of a large one a few rows.
     """
 
     def __init__(
@@ -121,11 +132,12 @@ class Unfolded(Flat):
     def update(self, x: Tensor, other: Tensor | None = None) -> None:
         size = max(1, CHUNK // (self.n * output_positions(self.conv, x)))
         for at in range(0, len(x), size):
-            second = None if other is None else self.patches(other[at : at + size])
-            self.add(self.patches(x[at : at + size]), second)
+            seconds = repeat(None) if other is None else self.patches(other[at : at + size])
+            for rows, others in zip(self.patches(x[at : at + size]), seconds, strict=False):
+                self.add(rows, others)
 
-    def patches(self, x: Tensor) -> Tensor:
-        """(patches, n) of x (N, C, *map)."""
+    def patches(self, x: Tensor) -> Iterator[Tensor]:
+        """(patches, n) of x (N, C, *map), in parts."""
         windows = padded(self.conv, wide(x))
         geometry = zip(self.conv.kernel_size, self.conv.stride, self.conv.dilation, strict=True)
         for axis, (k, s, d) in enumerate(geometry, start=2):
@@ -133,11 +145,14 @@ class Unfolded(Flat):
         places = windows.shape[2 : x.ndim]  # of (N, C, *places, *kernel), a view
         count = math.prod(places)
         if self.positions is None or self.positions >= count:
-            return windows.movedim(1, x.ndim - 1).reshape(-1, self.n)
+            band = max(1, CHUNK * places[0] // (self.n * count * len(x)))
+            for part in windows.split(band, dim=2):
+                yield part.movedim(1, x.ndim - 1).reshape(-1, self.n)
+            return
         at = torch.randperm(count, generator=self.generator)[: self.positions].to(x.device)
         where: Any = torch.unravel_index(at, places)
         picked = windows[:, :, *where]  # (N, C, positions, *kernel)
-        return picked.transpose(1, 2).reshape(-1, self.n)
+        yield picked.transpose(1, 2).reshape(-1, self.n)
 
 
 class Shifted:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdlib import memory
 from tdlib.calibration.moments import Moments, accumulator
 from tdlib.calibration.passes import inputs, run
 from tdlib.calibration.sensitivity import TEMPERATURE, damped, fisher
@@ -113,22 +114,25 @@ def statistics(
     output_weights: bool = False,
     seed: int = 0,
     progress: bool = False,
+    memory_limit: float | None = None,
 ) -> Statistics:
     """Input statistics of the model's layers over `batches` of inputs (or of (inputs, labels) pairs).
 
     layers: names or globs; all Linear and convolutions of one group if None. positions: at most this many
     random output positions of every image (drawn from `seed`) instead of all; the relative error of Sigma
     falls as 1/sqrt(images * positions). output_weights: also take the Fisher information at the layers'
-    outputs (`Statistics.weights`). progress: show bars. Layers that saw fewer patches than Sigma has rows
-    warn and are shrunk, see `shrinkage_for`. Layers that `batches` never reach (unused in eval mode, or their
-    weight is used directly) are left out with one warning.
+    outputs (`Statistics.weights`). progress: show bars. memory_limit: bytes that the matrices may take, by
+    default 80 % of what is free; estimated before the first pass. Layers that saw fewer patches than Sigma
+    has rows warn and are shrunk, see `shrinkage_for`. Layers that `batches` never reach (unused in eval mode,
+    or their weight is used directly) are left out with one warning.
 
     Runs in eval mode and restores every module's mode.
     Raises: DataError for no batch or no layer, or one named in full that is never reached; NonFiniteError
-    naming the layer whose input is not finite.
+    naming the layer whose input is not finite; MemoryLimitError.
     """
     patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     chosen = measurable(model, patterns)
+    require_memory(chosen, output_weights, memory_limit)
     generator = torch.Generator().manual_seed(seed)
     if output_weights:
         batches = list(inputs(batches))  # gone through twice
@@ -136,7 +140,8 @@ def statistics(
     run(model, inputs(batches, "statistics", progress), {n: m.update for n, m in moments.items()})
     leave_out([n for n, m in moments.items() if m.count == 0], moments, patterns)
     sigmas, means, counts = {}, {}, {}
-    for name, moment in moments.items():
+    for name in list(moments):
+        moment = moments.pop(name)  # its sums are as large as Sigma
         sigma, means[name] = moment.result()
         counts[name] = moment.count
         sigmas[name] = shrink(sigma, shrinkage_for(name, len(sigma), moment.count))
@@ -163,6 +168,28 @@ def measurable(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module
                 f"no Linear or convolution (groups 1) matches {pattern!r}; there are: {', '.join(known)}"
             )
     return {n: m for n, m in known.items() if any(fnmatch(n, p) for p in patterns)}
+
+
+def require_memory(
+    layers: Mapping[str, nn.Module], output_weights: bool, limit: float | None, spare: int = 2
+) -> None:
+    """Raises MemoryLimitError where float64 matrices do not fit: Sigma (n, n) of every layer, with
+    `output_weights` H (O, O), and `spare` more of the largest (n, n) to work with."""
+    weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
+    sigmas = {name: 8 * W[0].numel() ** 2 for name, W in weights.items()}
+    widest = sorted(sigmas, key=lambda name: -sigmas[name])[:3]
+    need = sum(sigmas.values()) + spare * sigmas[widest[0]]
+    if output_weights:
+        need += sum(8 * len(W) ** 2 for W in weights.values())
+    listed = ", ".join(f"{name} {sigmas[name] / 2**30:.2g} GiB" for name in widest)
+    memory.require(
+        need,
+        f"work with Sigma of {len(weights)} layers (the largest: {listed})",
+        "leave the widest layers out (`layers` of statistics, `skip` of plan and compress), or take some at "
+        "a time; `positions` and fewer inputs do not make Sigma smaller",
+        limit=limit,
+        device=weights[widest[0]].device,
+    )
 
 
 def leave_out(missed: list[str], moments: dict[str, Moments], patterns: Sequence[str]) -> None:

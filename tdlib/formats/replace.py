@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from tdlib import memory
 from tdlib.errors import DataError, TdlibError, unknown
 from tdlib.formats.base import KernelFormat, LayerPlan, finite, get_format
 from tdlib.formats.chains import Layer, computes_plainly
 from tdlib.network import attach, check_layered, duplicate, provenance
+
+WORKSPACE = 5  # float64 matrices as large as Sigma that a decomposition under it takes
 
 
 def decompose(
@@ -32,12 +35,17 @@ def decompose(
     A replaced layer keeps device, dtype, train/eval mode and requires_grad. `model` is not changed.
     Raises: NonFiniteError naming the layer whose weight has NaN or Inf; UnknownName for a layer the model
     has not; TdlibError for one that must stay as it is (see `obstacle`); DataError for a layer without
-    statistics.
+    statistics; MemoryLimitError.
     """
     missing = [] if statistics is None else sorted(set(plan) - set(statistics))
     if missing:
         known = ", ".join(statistics or ()) or "none"
         raise DataError(f"statistics lack {', '.join(missing)}; they have: {known}")
+    if plan and statistics is not None:
+        widest = max(plan, key=lambda name: len(statistics[name]))
+        n = len(statistics[widest])
+        what = f"the decomposition of layer {widest!r} under its Sigma ({n} x {n})"
+        memory.require(WORKSPACE * 8 * n**2, what, "leave the layer out of the plan")
     fisher = getattr(statistics, "weights", {})
 
     def factorised(name: str, layer: Layer, bound: KernelFormat, ranks: Sequence[int]) -> nn.Module:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from tdlib import calibration
 from tdlib.calibration import TEMPERATURE, Statistics, calibration_batches, damped, fisher, load_statistics
 from tdlib.calibration.passes import threads_for
-from tdlib.calibration.statistics import shrink, shrinkage_for
+from tdlib.calibration.statistics import require_memory, shrink, shrinkage_for
 from tdlib.decompositions.sigma import corrected_target, sigma_error
 from tdlib.errors import TdlibError
 from tdlib.formats import decompose, install, to_dense
@@ -45,6 +45,7 @@ from tdlib.planning.budget import make_budget
 from tdlib.planning.candidates import candidates
 
 Given = Statistics | str | Path | None
+WORKSPACE = 8  # matrices as large as Sigma that one layer takes beside it: paired moments, target, factors
 
 
 def distribution_aware(
@@ -60,17 +61,21 @@ def distribution_aware(
     recalibrate: bool = False,
     seed: int = 0,
     progress: bool = False,
+    memory_limit: float | None = None,
 ) -> tuple[nn.Module, Tables]:
     """Decompose at the planned ranks under Sigma; the paper's method unless a switch says otherwise.
 
     data: a data set (`samples` of its training images are used, without labels) or an iterable of input
     batches. statistics: of the dense network, an object or a file, perhaps from other data; taken here where
-    None. `model` is not changed. Tables: "layers", see `layer_errors`.
+    None. memory_limit: as in `tdlib.statistics`, for what the decomposition takes beside them too. `model` is
+    not changed. Tables: "layers", see `layer_errors`.
     Raises: as `statistics` and `decompose`.
     """
     batches = calibration_batches(data, samples, seed=seed, device=next(model.parameters()).device)
     with threads_for(model, batches[0].numel()):
-        found = statistics_of(model, batches, list(plan), statistics, weigh_outputs, seed, progress)
+        found = statistics_of(
+            model, batches, list(plan), statistics, weigh_outputs, seed, progress, memory_limit
+        )
         if sequential:
             small = in_sequence(model, plan, batches, found.weights, bias_correction, progress)
         else:
@@ -90,12 +95,19 @@ def statistics_of(
     weigh_outputs: bool,
     seed: int,
     progress: bool,
+    memory_limit: float | None = None,
 ) -> Statistics:
-    """The given statistics or those of `batches`; with H where outputs are weighed, without it where not."""
+    """The given statistics or those of `batches`; with H where outputs are weighed, without it where not.
+
+    Raises: MemoryLimitError also where they, but not the decomposition beside them, would fit.
+    """
     if given is None:
+        named = {name: model.get_submodule(name) for name in layers}
+        require_memory(named, weigh_outputs, memory_limit, WORKSPACE)
         return calibration.statistics(
-            model, batches, layers, output_weights=weigh_outputs, seed=seed, progress=progress
-        )
+            model, batches, layers, output_weights=weigh_outputs, seed=seed, progress=progress,
+            memory_limit=memory_limit,
+        )  # fmt: skip
     found = _given(given)
     weights = found.weights if weigh_outputs else {}
     if weigh_outputs and not weights:
@@ -168,6 +180,7 @@ def measured(
     ratio: float | None = None,
     seed: int = 0,
     progress: bool = False,
+    memory_limit: float | None = None,
 ) -> dict[str, Any]:
     """What ranks by harm and the decomposition share: the statistics of the layers that can be decomposed.
 
@@ -191,7 +204,7 @@ def measured(
         return {}
     if ratio is not None:
         make_budget(cost.by(by), layers, ratio, by)
-    found = statistics_of(model, batches, names, statistics, weigh_outputs, seed, progress)
+    found = statistics_of(model, batches, names, statistics, weigh_outputs, seed, progress, memory_limit)
     return {"statistics": found, "sequential": sequential is not False and statistics is None}
 
 

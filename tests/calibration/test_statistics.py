@@ -9,19 +9,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tdlib
+from tdlib import memory
 from tdlib.calibration import (
     TEMPERATURE,
     damped,
     fisher,
     load_statistics,
     logits,
+    moments,
     paired,
     recalibrate_batchnorm,
     statistics,
 )
-from tdlib.calibration.moments import padded
+from tdlib.calibration.moments import Flat, padded
 from tdlib.calibration.statistics import shrinkage_for
-from tdlib.errors import CheckpointError, DataError, NonFiniteError
+from tdlib.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError
 
 CONVS = [
     dict(kernel_size=3, padding=1),
@@ -238,7 +240,7 @@ def test_layers_that_are_never_reached_are_left_out_with_one_warning(layers):
     with pytest.warns(UserWarning, match="auxiliary, direct; .* never reaches") as caught:
         stats = statistics(Aside(), [torch.randn(20, 4)], layers, output_weights=True)
     assert len(caught) == 1 and list(stats) == list(stats.weights) == ["used"]
-    small = tdlib.plan(Aside(), (4,), "svd", ranks={"*": (1,)}, skip=(), statistics=stats)
+    small = tdlib.plan(Aside(), (4,), "svd", ratio=45 / 37, rule="global", statistics=stats)
     assert list(tdlib.decompose(Aside(), small, stats).state_dict())[:2] == ["used.0.weight", "used.1.weight"]
 
 
@@ -272,3 +274,38 @@ def test_one_tensor_and_bytes_are_refused(name):
 def test_integers_are_inputs_of_embeddings():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3))
     assert statistics(model, [torch.randint(0, 7, (30, 3))])["2"].shape == (12, 12)
+
+
+def test_what_does_not_fit_is_refused_before_the_first_pass_and_named():
+    model = nn.Sequential(nn.Conv2d(4, 40, 3), nn.ReLU(), nn.Conv2d(40, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    need = 8 * (36**2 + 360**2 + 8**2) + 2 * 8 * 360**2
+    data = [torch.randn(2, 4, 5, 5)]
+    for limit, weights in ((need - 1, False), (need, True), (0, False)):
+        with pytest.raises(MemoryLimitError, match=r"largest: 2 .*`layers` of statistics, `skip`"):
+            statistics(model, data, memory_limit=limit, output_weights=weights)
+    with pytest.raises(MemoryLimitError, match="largest: 2 "):
+        statistics(model, (pytest.fail("asked for inputs") for _ in "a"), memory_limit=0)
+
+
+def test_memory_that_suffices_does(monkeypatch):
+    model = nn.Sequential(nn.Linear(9, 4))
+    assert len(statistics(model, [torch.randn(20, 9)], memory_limit=3 * 8 * 81)) == 1
+    monkeypatch.setattr(memory, "free", lambda device: 3 * 8 * 81)
+    with pytest.raises(MemoryLimitError, match="80 % of what is free"):
+        statistics(model, [torch.randn(20, 9)])
+
+
+@pytest.mark.parametrize("options", CONVS, ids=str)
+def test_large_images_are_taken_a_few_rows_at_a_time(options, monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(5, 4, **options)), torch.randn(8, 5, 9, 8)
+    whole = statistics(model, [x])
+    added, add = [], Flat.add
+    monkeypatch.setattr(Flat, "add", lambda self, rows, *a: added.append(rows.numel()) or add(self, rows, *a))
+    monkeypatch.setattr(moments, "CHUNK", 1000)
+    parts = statistics(model, [x])
+    torch.testing.assert_close(parts["0"], whole["0"], atol=1e-6, rtol=1e-6)
+    assert parts.counts == whole.counts
+    width = model(x).shape[3] * model[0].weight[0].numel()
+    assert max(added, default=0) <= max(1000, width)  # a row of one image is the least

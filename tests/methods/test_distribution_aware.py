@@ -7,7 +7,15 @@ import torch
 
 import tdlib
 from tdlib.calibration import calibration_batches, divergence, logits
-from tdlib.errors import BudgetError, CheckpointError, DataError, NonFiniteError, TdlibError, UnknownName
+from tdlib.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    MemoryLimitError,
+    NonFiniteError,
+    TdlibError,
+    UnknownName,
+)
 from tdlib.formats import get_format
 from tdlib.methods.distribution_aware import distribution_aware, in_sequence
 from tdlib.methods.registry import planned
@@ -315,3 +323,37 @@ def test_linear_layers_on_grids_are_compressed_by_default(size):
     small = tdlib.compress(model, "distribution-aware", batches, ratio=1.3, progress=False)
     assert {"wide", "narrow"} & set(tdlib.provenance(small).layers)
     assert small(batches[0]).shape == (20, 5)
+
+
+def test_memory_is_asked_for_before_anything_is_measured():
+    """Also what the decomposition takes beside the statistics."""
+    model, batches = Grid().eval(), [torch.randn(20, 3, 16, 16)]
+    sigmas = 8 * (8**2 + 16**2)
+    for limit in (0, sigmas + 2 * 8 * 16**2):  # enough for the statistics alone
+        with pytest.raises(MemoryLimitError, match=r"Sigma of 2 layers \(the largest: narrow"):
+            tdlib.compress(
+                model, "distribution-aware", batches, ratio=1.3, memory_limit=limit, progress=False
+            )
+    small = tdlib.compress(
+        model, "distribution-aware", batches, ratio=1.3, memory_limit=2**20, progress=False
+    )
+    assert tdlib.provenance(small).layers
+
+
+def test_a_decomposition_under_sigma_asks_for_memory_first(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20))
+    statistics = tdlib.statistics(model, [torch.randn(50, 30)])
+    plan = {"0": {"format": "svd", "ranks": [2]}}
+    monkeypatch.setattr("tdlib.memory.free", lambda device: 1000)
+    with pytest.raises(MemoryLimitError, match=r"layer '0' under its Sigma \(30 x 30\)"):
+        tdlib.decompose(model, plan, statistics)
+    assert tdlib.decompose(model, plan)
+
+
+@pytest.mark.parametrize("format", ["tucker2", "tt", "cp"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_blank_images_still_give_a_network(trained, format, value):
+    batches = [torch.full((8, 1, 8, 8), value)] * 2
+    with pytest.warns(UserWarning, match="only .* patches"):
+        small = tdlib.compress(trained, "distribution-aware", batches, ratio=2, format=format, progress=False)
+    assert all(bool(torch.isfinite(p).all()) for p in small.parameters())

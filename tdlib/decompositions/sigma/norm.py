@@ -46,7 +46,9 @@ def regularise(S: Tensor, ridge: float = RIDGE) -> Tensor:
         if not torch.linalg.cholesky_ex(S).info:
             return S
         added, ridge = ridge, 10 * ridge
-    raise DataError("Sigma is no second moment: it has large negative eigenvalues")
+    raise DataError(
+        "Sigma is no second moment: it has large negative eigenvalues (perhaps centred, of inputs all alike?)"
+    )
 
 
 def root(S: Tensor) -> Tensor:
