@@ -230,9 +230,7 @@ def plan(
     refused = probe(model, inputs, output, {c.name: c.kernel for c in found})
     found, skipped = [c for c in found if c.name not in refused], skipped | refused
     if not found:
-        reasons = (
-            "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no kernel"
-        )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no kernel"
         raise TdlibError(f"nothing to compress with format {format!r}: {reasons}")
     request = Request(None, energy, statistics, progress)
     if ranks is not None:

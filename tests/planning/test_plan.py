@@ -353,6 +353,15 @@ def test_global_with_fisher_weights_looks_at_the_outputs():
     assert plan.ranks["1"][0] <= 6 < plan.ranks["0"][0]
 
 
+@pytest.mark.parametrize("format", ["svd", "tucker2", "tt"])
+def test_roots_of_large_matrices_give_the_same_ranks(monkeypatch, format):
+    model = network()
+    stats = tdlib.statistics(model, [torch.randn(700, *SHAPE)], output_weights=True)
+    plan = tdlib.plan(model, SHAPE, format, 2, rule="global", statistics=stats)
+    monkeypatch.setattr("tdlib.planning.curves.LARGE", 4)
+    assert tdlib.plan(model, SHAPE, format, 2, rule="global", statistics=stats).ranks == plan.ranks
+
+
 def test_global_ranks_of_curves_by_hand():
     curves = {
         "a": [((1,), 10, 0.9), ((2,), 20, 0.2), ((3,), 30, 0.19)],
