@@ -11,8 +11,8 @@ from pathlib import Path
 from benchmarks.report import line, machine, merge, summary, write
 from benchmarks.timing import Row
 
-TOPICS = ("decomposition", "latency", "calibration", "training")
-CPU_ONLY = ("decomposition",)
+TOPICS = ("decomposition", "latency", "calibration", "training", "busy")
+CPU_ONLY = ("decomposition", "busy")
 RESULTS = Path(__file__).parent / "results.json"
 
 
