@@ -90,6 +90,11 @@ def check_layered(model: nn.Module) -> None:
             raise TdlibError(f"{name!r} is not initialised yet: run the model once on a batch first")
 
 
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first of a call's arguments, given by position or by name; None where there is none."""
+    return next(iter((*args, *kwargs.values())), None)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module is in the mode that it was in."""

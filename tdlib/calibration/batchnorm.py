@@ -13,7 +13,7 @@ from tdlib.calibration.passes import channel_axis, inputs, no_inputs, placed, th
 from tdlib.calibration.statistics import Statistics
 from tdlib.errors import DataError
 from tdlib.formats import to_dense
-from tdlib.network import evaluating
+from tdlib.network import evaluating, first
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # what BatchNorm1d, 2d, 3d and SyncBatchNorm have in common
 
@@ -99,14 +99,15 @@ def norm_behind(model: nn.Module, layer: nn.Module, example: Tensor) -> BatchNor
     found: list[BatchNorm] = []
     output: list[Tensor] = []
 
-    def arrived(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if output and args[0] is output[-1] and channel_axis(layer, args[0]) == 1:
+    def arrived(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first(args, kwargs)
+        if output and x is output[-1] and channel_axis(layer, x) == 1:
             found.append(norm)  # type: ignore[arg-type]
 
     with evaluating(model), ExitStack() as hooks:
         hooks.enter_context(layer.register_forward_hook(lambda _, __, out: output.append(out)))
         for norm in model.modules():
             if isinstance(norm, BatchNorm):
-                hooks.enter_context(norm.register_forward_pre_hook(arrived))
+                hooks.enter_context(norm.register_forward_pre_hook(arrived, with_kwargs=True))
         model(placed(model, example[:1]))
     return found[0] if found else None

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from tdlib.decompositions.linalg import one_thread
 from tdlib.errors import DataError, NonFiniteError
-from tdlib.network import evaluating
+from tdlib.network import evaluating, first
 
 SMALL_PASS = 1e10
 
@@ -122,9 +122,9 @@ def run(model: nn.Module, batches: Iterable[Any], taps: Mapping[str, Callable[[T
     Raises: DataError if there are none, NonFiniteError naming the layer whose input is not finite.
     """
 
-    def tap(name: str, update: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
+    def tap(name: str, update: Callable[[Tensor], None]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first(args, kwargs).detach()
             check_finite(f"the input of layer {name!r}", x)
             update(x)
 
@@ -134,7 +134,7 @@ def run(model: nn.Module, batches: Iterable[Any], taps: Mapping[str, Callable[[T
     with evaluating(model), ExitStack() as hooks:
         for name, update in taps.items():
             layer = model.get_submodule(name)
-            hooks.enter_context(layer.register_forward_pre_hook(tap(name, update)))
+            hooks.enter_context(layer.register_forward_pre_hook(tap(name, update), with_kwargs=True))
         for x in inputs(batches):
             seen += len(x)
             with threads_for(model, x.numel()):

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tdlib.calibration.moments import accumulator
 from tdlib.calibration.passes import check_finite, inputs, no_inputs, placed, rows_of, threads_for
 from tdlib.errors import DataError
-from tdlib.network import evaluating
+from tdlib.network import evaluating, first
 
 TEMPERATURE = 4.0  # of the predictions from which `statistics(output_weights=True)` draws labels
 
@@ -147,11 +147,11 @@ def reach(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     """
     found: list[Tensor] = []
 
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].detach())
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(first(args, kwargs).detach())
         raise _Reached
 
-    with layer.register_forward_pre_hook(stop):
+    with layer.register_forward_pre_hook(stop, with_kwargs=True):
         try:
             model(placed(model, x))
         except _Reached:

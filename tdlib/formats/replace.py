@@ -102,7 +102,10 @@ def obstacle(layer: nn.Module) -> str | None:
         return reason
     plain = vars(_plain(layer))
     own = [key for key in _names(vars(layer)) - _names(plain) if not key.startswith("_")]
-    return f"it has attributes of its own ({', '.join(sorted(own))})" if own else None
+    if own:
+        return f"it has attributes of its own ({', '.join(sorted(own))})"
+    weight = layer._parameters.get("weight")
+    return None if weight is not None and weight.is_floating_point() else "its weight is no real parameter"
 
 
 def project(weight: Tensor, format: str, ranks: Sequence[int], **options: Any) -> Tensor:

@@ -15,7 +15,7 @@ from tdlib.errors import TdlibError, unknown
 from tdlib.formats import Format, KernelFormat, Ranks, get_format, kind_of
 from tdlib.formats.chains import Conv, Layer
 from tdlib.formats.replace import obstacle
-from tdlib.planning.cost import Call, Cost, is_norm
+from tdlib.planning.cost import Call, Cost, is_norm, matrices
 
 
 @dataclass(eq=False)
@@ -116,7 +116,8 @@ def candidates(
             raise unknown("layer to skip", pattern, layers)
     for name, layer in layers.items():
         calls = called.get(name, ())
-        reason = _obstacle(layer, row, calls, [o for o in owners.get(_weight_id(layer), ()) if o != name])
+        shared = {o: 0 for p in layer._parameters.values() for o in owners.get(id(p), ()) if o != name}
+        reason = _obstacle(layer, row, calls, list(shared))
         if any(fnmatchcase(name, pattern) for pattern in skip):
             reason = "skipped on request"
         if reason:
@@ -150,14 +151,7 @@ def _is_layer(module: nn.Module) -> bool:
     if isinstance(module, (*get_args(Layer), nn.modules.conv._ConvNd)):
         return True
     passed_over = is_norm(module) or isinstance(module, parametrize.ParametrizationList)
-    return bool(_matrices(module)) and not passed_over
-
-
-def _matrices(module: nn.Module) -> list[str]:
-    """Names of the module's own parameters that extend along two axes or more (a scale per channel does
-    not)."""
-    own = module._parameters.items()
-    return [name for name, p in own if p is not None and sum(n > 1 for n in p.shape) > 1]
+    return bool(matrices(module)) and not passed_over
 
 
 def _obstacle(layer: nn.Module, row: Format, calls: Sequence[Call], shared: Sequence[str]) -> str | None:
@@ -166,23 +160,19 @@ def _obstacle(layer: nn.Module, row: Format, calls: Sequence[Call], shared: Sequ
     if getattr(layer, "transposed", False):
         return f"transposed convolution ({name})"
     if not isinstance(layer, Layer):
-        return f"{name} is neither a convolution nor Linear (it holds {', '.join(_matrices(layer)[:3])})"
+        return f"{name} is neither a convolution nor Linear (it holds {', '.join(matrices(layer)[:3])})"
     if getattr(layer, "groups", 1) != 1:
         depthwise = layer.groups == layer.in_channels
         return "depthwise convolution" if depthwise else f"grouped convolution ({layer.groups} groups)"
     if reason := obstacle(layer):
         return reason
     if shared:
-        return f"its weight is shared with {', '.join(shared)}"
+        return f"its weight or bias is shared with {', '.join(shared)}"
     if not calls:
         return "never called as a module in the forward pass (unused, or its weight is used directly)"
     if kind_of(layer.weight.shape) not in {*row.kinds, *row.factored}:
         return f"format {row.name!r} does not apply to a {kind_of(layer.weight.shape)} layer"
     return None
-
-
-def _weight_id(layer: nn.Module) -> int:
-    return id(layer._parameters.get("weight"))
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdlib.errors import TdlibError, needs
-from tdlib.network import check_layered, evaluating
+from tdlib.network import check_layered, evaluating, first
 
 Call = tuple[tuple[int, ...], tuple[int, ...]]  # input shape, output shape
 Inputs = tuple[Tensor, ...] | dict[str, Tensor]  # of one forward pass
@@ -152,10 +152,18 @@ def measure(
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a normalisation layer, of torch or by its class name (timm's LayerNorm2d,
-    ...)."""
+    """Whether the module is a normalisation layer, of torch or by its class name (timm's LayerNorm2d, ...);
+    one that holds a matrix (a "NormedLinear") is none."""
     leaf = not any(True for _ in module.children())
-    return isinstance(module, NORMS) or (leaf and "norm" in type(module).__name__.lower())
+    named = leaf and "norm" in type(module).__name__.lower() and not matrices(module)
+    return isinstance(module, NORMS) or named
+
+
+def matrices(module: nn.Module) -> list[str]:
+    """Names of the module's own parameters that extend along two axes or more (a scale per channel does
+    not)."""
+    own = module._parameters.items()
+    return [name for name, p in own if p is not None and sum(n > 1 for n in p.shape) > 1]
 
 
 def example(model: nn.Module, input_shape: Sequence[int] | None, example_inputs: Given) -> Inputs:
@@ -199,15 +207,21 @@ def shape_of(inputs: Inputs) -> tuple[Any, ...]:
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; modes, buffers and random state restored after."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # By module, for a forward may put another tensor in a buffer's place.
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(model):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
 
 
 def _run(
@@ -223,20 +237,21 @@ def _run(
     def enter(module: nn.Module, args: Any) -> None:
         stack.append((counter.get_total_flops(), 0))
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         start, inner = stack.pop()
         used = counter.get_total_flops() - start
         own[module] = own.get(module, 0) + (used - inner) // 2
         if stack:
             stack[-1] = stack[-1][0], stack[-1][1] + used
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            calls.setdefault(module, []).append((tuple(args[0].shape), tuple(output.shape)))
+        given = first(args, kwargs)
+        if isinstance(given, Tensor) and isinstance(output, Tensor):
+            calls.setdefault(module, []).append((tuple(given.shape), tuple(output.shape)))
 
     try:
         with ExitStack() as context:
             for module in model.modules():
                 context.callback(module.register_forward_pre_hook(enter).remove)
-                context.callback(module.register_forward_hook(leave).remove)
+                context.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
             context.enter_context(_unfused(model))
             with counter:
                 result = call(model, inputs)

@@ -33,11 +33,11 @@ def probe(
     before afterwards. A network on the meta device has no output to compare: {}.
     """
     without_values = any(p.is_meta for p in model.parameters())
-    if not kernels or without_values or _trial(model, inputs, kernels, tree_leaves(output)) is None:
+    if not kernels or without_values or _trial(model, inputs, kernels, _leaves(output)) is None:
         return {}
     with untouched(model):
         output = call(model, inputs)  # again: attention may have rounded otherwise when counted
-    expected = tree_leaves(output)
+    expected = _leaves(output)
     found: dict[str, str] = {}
 
     def accepted(names: list[str], before: list[str]) -> list[str]:
@@ -59,22 +59,23 @@ def _trial(
     model: nn.Module, inputs: Inputs, kernels: Mapping[str, KernelFormat], expected: Sequence[Any]
 ) -> str | None:
     """What goes wrong with these layers replaced, or None."""
-    held: set[nn.Module] = set()  # layers of the model itself that ran with the copy
+    held: set[nn.Module] = set()  # layers, of the copy or the model itself, that ran beside their stand-ins
     with untouched(model), ExitStack() as context:
         network = duplicate(model, share=chain(model.parameters(), model.buffers()))
-        for name, kernel in kernels.items():
-            module = _stand_in(network.get_submodule(name), kernel)
+        layers = [net.get_submodule(name) for net in (network, model) for name in kernels]
+        for (name, kernel), layer in zip(kernels.items(), layers, strict=False):
+            module = _stand_in(layer, kernel)
             network = install(network, name, module, LayerPlan(kernel.name, ()))
-        for name in kernels:
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda layer, _: held.add(layer))
+        for layer in layers:
+            hook = layer.register_forward_pre_hook(lambda layer, _: held.add(layer))
             context.callback(hook.remove)
         try:
-            output = tree_leaves(call(network, inputs))
+            output = _leaves(call(network, inputs))
         except Exception as error:  # the model's own code
             line = (str(error).splitlines() or [""])[0]
             return f"the network does more with it than call it ({type(error).__name__}: {line})"
     if held:
-        return "a patched forward holds on to it: a copy of the network would still call the original layer"
+        return "a list or a patched forward holds on to it: the network would still call the dense layer"
     if len(output) != len(expected) or not all(map(_same, output, expected)):
         return "the network does more with it than call it (its output differs when the layer is replaced)"
     return None
@@ -88,6 +89,12 @@ def _stand_in(layer: Any, kernel: KernelFormat) -> Any:
     else:
         module.forward, module.kernel = layer.forward, lambda: layer.weight
     return module
+
+
+def _leaves(output: Any) -> list[Any]:
+    """What an output holds; of an object that torch cannot look into (a dataclass), its attributes."""
+    found = tree_leaves(output)
+    return tree_leaves([x if isinstance(x, Tensor) else getattr(x, "__dict__", x) for x in found])
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -54,6 +54,16 @@ def test_by_hand():
     assert list(cost.to_frame().name) == list(rows)
 
 
+class NormedLinear(nn.Linear):
+    """A matrix, whatever the name of its class says."""
+
+
+def test_a_matrix_is_no_norm():
+    model = nn.Sequential(nn.Linear(8, 8), NormedLinear(8, 8), nn.LayerNorm(8))
+    cost = tdlib.count(model, (8,))
+    assert cost.bn_params == 16 and cost.weights == 2 * 72
+
+
 class Reused(nn.Module):
     """One linear layer called at every time step, under two names."""
 

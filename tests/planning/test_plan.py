@@ -191,7 +191,7 @@ def test_what_stays_dense_and_why():
     assert set(plan.skipped) == reasons.keys() and set(plan) == {"conv"}
     for name, words in reasons.items():
         assert words in plan.skipped[name], name
-    assert str(plan).count(": its weight is shared with") == 2
+    assert str(plan).count(": its weight or bias is shared with") == 2
     dense = tdlib.count(model, (8, 4, 4))
     assert plan.skipped_costs["attention.out_proj"] == dense.under("attention.out_proj")
     assert plan.skipped_costs["normed"] == dense.under("normed")

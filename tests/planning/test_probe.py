@@ -1,6 +1,7 @@
 """The probe: networks that do more with a layer than call it keep that layer, and only that one."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -90,6 +91,87 @@ def test_a_forward_that_holds_on_to_the_original_layers_is_found():
     plan = tdlib.plan(model, (16,), "svd", 1.2)
     assert set(plan) == {"0.a", "0.b", "0.c", "0.d"}
     assert "holds on" in plan.skipped["1.a"] and "never called" in plan.skipped["1.b"]
+
+
+class InAList(Calls):
+    def __init__(self):
+        super().__init__()
+        self.held = [self.b, {"c": self.c}]  # no ModuleList: torch does not look into it
+
+    def forward(self, x):
+        return self.d(self.held[1]["c"](self.held[0](self.a(x)).relu()))
+
+
+@pytest.mark.parametrize("format", ["svd", "shuffled-tt"])
+def test_a_layer_that_a_plain_list_holds_stays_dense(format):
+    """It would go on computing, beside a chain that nobody calls."""
+    plan = tdlib.plan(InAList(), (16,), format, 1.2)
+    assert set(plan) == {"a", "d"} and all("a list" in plan.skipped[name] for name in "bc")
+
+
+@dataclass
+class Output:
+    scores: torch.Tensor
+
+
+class AsksAndWraps(AsksForTheClass):
+    def forward(self, x):
+        return [Output(super().forward(x))]
+
+
+def test_outputs_in_an_object_are_compared():
+    assert list(tdlib.plan(AsksAndWraps(), (16,), "svd", 1.2).skipped) == ["b"]
+
+
+class Stateful(Calls):
+    """A buffer that every forward pass replaces by another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("state", torch.zeros(1, 16))
+
+    def forward(self, x):
+        self.state = super().forward(x) + self.state
+        return self.state
+
+
+def test_buffers_that_a_forward_replaces_are_put_back():
+    model = Stateful()
+    state = model.state
+    tdlib.plan(model, (16,), "svd", 1.2)
+    assert model.state is state and not state.any()
+
+
+class Reals(Calls):
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Linear(16, 16, dtype=torch.cfloat)
+        self.b.register_buffer("weight", self.b._parameters.pop("weight").detach())
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(x)).to(torch.cfloat)).abs())
+
+
+def test_only_real_parameters_are_decomposed():
+    model = Reals()
+    plan = tdlib.plan(model, (16,), "svd", 1.2)
+    assert set(plan) <= {"a", "d"} and all("no real parameter" in plan.skipped[name] for name in "bc")
+    with pytest.raises(TdlibError, match="no real parameter"):
+        tdlib.decompose(model, {"c": {"format": "svd", "ranks": [2]}})
+
+
+class ByName(Calls):
+    def use(self, x):
+        return self.b(input=x)
+
+
+def test_layers_called_with_named_arguments_are_layers_like_others():
+    model, x = ByName(), torch.randn(64, 16)
+    found = tdlib.statistics(model, [x], output_weights=True)
+    plan = tdlib.plan(model, (16,), "svd", 1.2)
+    small = tdlib.decompose(model, plan, found)
+    assert "b" in plan and small(x).shape == (64, 16)
+    assert tdlib.count(small, (16,)).macs == plan.macs
 
 
 def test_the_network_is_as_before_and_one_trial_is_enough(monkeypatch):
