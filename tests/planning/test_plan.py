@@ -489,3 +489,11 @@ def test_whatever_a_forward_raises_is_named():
     with pytest.raises(TdlibError, match=r"shape \(4,\): AssertionError: wrong size") as caught:
         tdlib.count(Fussy(3, 3), (4,))
     assert isinstance(caught.value.__cause__, AssertionError)
+
+
+def test_layers_that_share_a_bias_stay_dense():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[2].bias = model[1].bias
+    plan = tdlib.plan(model, (16,), "svd", 1.2)
+    assert set(plan) == {"0"} and "bias is shared with 2" in plan.skipped["1"]
+    assert tdlib.count(tdlib.decompose(model, plan), (16,)).params == plan.params
