@@ -38,7 +38,7 @@ def outputs(paths: list[Path], onnx: Path | None, force: bool) -> None:
 def names(method: str, format: str | None, by: str, rule: str | None, hyper: dict[str, Any]) -> None:
     """Stop on a wrong name before data are read. Raises UnknownName."""
     from tdlib.methods import METHODS, hyperparameters
-    from tdlib.planning.rules import RULES
+    from tdlib.planning import rules, shrinking
 
     valid = (*hyperparameters(method), *SETTINGS)
     for name in hyper:
@@ -48,8 +48,9 @@ def names(method: str, format: str | None, by: str, rule: str | None, hyper: dic
         raise unknown(f"format of {method!r}", format, METHODS[method].choices)
     if by not in ("params", "macs"):
         raise unknown("ratio kind", by, ("params", "macs"))
-    if rule is not None and rule not in RULES:
-        raise unknown("rule", rule, RULES)
+    valid = shrinking.RULES if method == "iterative" else tuple(rules.RULES)
+    if rule is not None and rule not in valid:
+        raise unknown(f"rule of {method!r}", rule, valid)
 
 
 def device(device: str) -> None:
@@ -100,7 +101,8 @@ def same(bundle: Any, inputs: dict[str, Any] | None, name: str) -> None:
 
 def shown(value: list[Any]) -> str:
     """The beginning of a list as text."""
-    return ", ".join(map(str, value[:8])) + (f", ... ({len(value)})" if len(value) > 8 else "")
+    short = [f"{item:.4g}" if isinstance(item, float) else str(item) for item in value[:8]]
+    return ", ".join(short) + (f", ... ({len(value)})" if len(value) > 8 else "")
 
 
 def trains(method: str, hyper: dict[str, Any]) -> bool:

@@ -75,7 +75,8 @@ def compress(
     A network that was trained by tdlib, torchvision or timm says what it was trained on: classes, image size,
     normalisation. That is what the data are brought to; --image-size, --mean and --std are for others.
 
-    --set checkpoint=DIR keeps what was trained: stopped (Ctrl-C, kill), the same command goes on from there.
+    --set checkpoint=DIR keeps what was trained: stopped (Ctrl-C, kill), the same command with --force goes on
+    from there.
 
     distribution-aware goes three steps beyond its paper: it gives ranks where they do least harm, weighs the
     layers' outputs and fits the layers in sequence. The paper's own method is
@@ -118,9 +119,7 @@ def compress(
     bundle = open_data(data, inputs, asked, root=data_root, seed=seed, limit=limit)
     kinds = f"{len(bundle.classes)} classes" if bundle.classes else "no labels"
     note(f"data: {data}, {len(bundle.train)} training and {len(bundle.test)} test inputs, {kinds}")
-    images = "{input_shape}, mean {mean}, std {std}, {interpolation}".format(**bundle.description)
-    known = "as {} was trained" if "mean" in (inputs or {}) else "{} does not say what it was trained on"
-    note(f"inputs: {images}" + (f"; {known.format(weights or model)}" if dense or weights else ""))
+    note(f"inputs: {described(bundle, inputs, weights or model if dense or weights else '')}")
     checks.data(bundle, method, train_epochs, hyper, classes, named=dense is None)
     if not train_epochs:
         checks.same(bundle, inputs, weights or model)
@@ -140,19 +139,21 @@ def compress(
         ) from error
     dense.to(device)
     checks.fits(dense, bundle, model)
-    budget: dict[str, Any] = {"ratio": ratio, "by": by, "format": format, "seed": seed}
-    tdlib.methods.reachable(dense, method, bundle, **budget, **hyper)
+    kept = hyper.get("checkpoint")
+    if train_epochs and not checks.trains(method, hyper):
+        hyper.pop("checkpoint", None)  # all the training there is comes before the method
+    request: dict[str, Any] = {"ratio": ratio, "by": by, "format": format, "rule": rule}
+    request |= {"seed": seed, "device": device, **hyper}
+    tdlib.methods.check(dense, method, bundle, **request)
     checks.space(outputs, dense)
 
-    with going_on(hyper.get("checkpoint"), dense_out if train_epochs else None):
+    with going_on(kept, dense_out if train_epochs else None):
         if train_epochs:
             note(f"training the dense network for {train_epochs} epochs")
-            folder = Path(hyper["checkpoint"]) / "dense" if "checkpoint" in hyper else None
+            folder = None if kept is None else Path(str(kept)) / "dense"
             train.fit(
                 dense, bundle, epochs=train_epochs, lr=train_lr, seed=seed, device=device, checkpoint=folder
             )
-            if not checks.trains(method, hyper):
-                hyper.pop("checkpoint", None)  # that was all the training there is
             checks.trained(dense, bundle, train_lr)
         elif weights is None and not is_file(model):
             note("warning: the network has random weights; give --weights or --train-epochs")
@@ -160,7 +161,7 @@ def compress(
         if dense_out is not None:
             tdlib.save(dense, dense_out)
             note(f"written: {dense_out}, the dense network")
-        small = tdlib.compress(dense, method, bundle, rule=rule, device=device, **budget, **hyper)
+        small = tdlib.compress(dense, method, bundle, **request)
     tdlib.save(small, out)
     typer.echo(before_after(dense, small, bundle))
     note(f"{method}: {tdlib.provenance(small).report['seconds']:.1f} s")
@@ -181,6 +182,19 @@ def open_data(data: str, inputs: dict[str, Any] | None, asked: dict[str, Any], *
         known["image_size"] = shape[1]
     given = {name: value for name, value in asked.items() if value is not None}
     return tdlib.data.load(data, **source, **{**known, **given})
+
+
+def described(bundle: Any, inputs: dict[str, Any] | None, name: str) -> str:
+    """The images as the network gets them, and whether it was trained so; name: of what was trained."""
+    about = bundle.description
+    shape, mean, std = (checks.shown(about[key]) for key in ("input_shape", "mean", "std"))
+    text = f"{shape}, mean {mean}, std {std}, {about['interpolation']}"
+    if not name:
+        return text
+    if not inputs or "mean" not in inputs:
+        return f"{text}; {name} does not say what it was trained on"
+    same = all(inputs[key] == about[key] for key in ("input_shape", "mean", "std", "interpolation"))
+    return f"{text}; {name} was trained {'so' if same else 'otherwise'}"
 
 
 def remember(network: Any, bundle: Any) -> None:

@@ -22,6 +22,7 @@ from tdlib.cli.common import (
     parse_shape,
     remembered,
 )
+from tdlib.errors import unknown
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 FileArgument = Annotated[
@@ -110,10 +111,17 @@ def plan(
       tdlib plan dense.safetensors --format tucker2 --ratio 2 --by macs --skip conv1 --set multiple=4
     """
     import tdlib
+    from tdlib.formats import get_format
+    from tdlib.methods.kinds import check_kinds
 
     shape = None if input_shape is None else parse_shape(input_shape)
     network = open_model(model, classes, weights, shape)
     given = parse_settings(settings or ())
+    valid = ("energy", "multiple", *get_format(format).options)
+    for name in given:
+        if name not in valid:
+            raise unknown(f"setting for format {format!r}", name, valid)
+    check_kinds([tdlib.plan], given)
     if ratio is None and "energy" not in given:
         ratio = 2.0
     found = tdlib.plan(

@@ -16,6 +16,7 @@ from tdlib.data.augment import Augment, stream
 from tdlib.errors import DataError
 
 BORDER = 8 / 7  # large images are resized to size * BORDER before the centre crop (256 -> 224)
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 UNLABELLED = -1  # the label of images that have none
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -41,7 +42,8 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
     for label, name in enumerate(names):
         found = _images(folder / name)
         if not found:
-            raise DataError(f"class {name!r} is empty: no image files under {folder / name}")
+            endings = ", ".join(ENDINGS)
+            raise DataError(f"class {name!r} ({folder / name}) is empty: no files that end in {endings}")
         paths += found
         labels += [label] * len(found)
     return names, paths, labels
@@ -49,9 +51,7 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
 
 def _images(folder: Path) -> list[Path]:
     """The image files under a folder, sorted."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS  # slow to import, not needed for arrays
-
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
 
 
 def median_size(paths: Sequence[Path], cap: int = 224) -> int:

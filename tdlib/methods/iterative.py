@@ -91,11 +91,7 @@ def iterative(
             "need patience >= 1, stage_epochs >= 0 and group_size >= 1, "
             f"got {patience}, {stage_epochs}, {group_size}"
         )
-    cost = count(model, data.input_shape)
-    found = [c for c in candidates(model, cost, plan.format, plan.by, (), {})[0] if c.name in plan]
-    budget = make_budget(cost.by(plan.by), found, plan.ratio, plan.by)
-    check_reachable(found, budget, least)
-
+    found, budget = budgeted(model, data, plan, least)
     small = copy.deepcopy(model)
     sites = {c.name: Site(c, small.get_submodule(c.name), orthogonal) for c in found}
     tables: Tables = {"ranks": [], "stages": [], "finetune": []}
@@ -135,13 +131,26 @@ def goal(
     by: str = "params",
     format: str = "tucker2",
     skip: Sequence[str] | None = None,
+    least: int = 2,
 ) -> Plan:
     """The plan to give to `iterative`: layers, format and budget; its ranks, uniform ones, play no part.
 
-    skip None leaves the first convolution and the classifier dense. Raises: as `tdlib.plan`.
+    skip None leaves the first convolution and the classifier dense. Raises: as `tdlib.plan`; BudgetError
+    where ranks of at least `least` cannot meet the budget.
     """
     skip = end_layers(model) if skip is None else skip
-    return planning.plan(model, tuple(data.input_shape), format, ratio, by, skip)
+    found = planning.plan(model, tuple(data.input_shape), format, ratio, by, skip)
+    budgeted(model, data, found, least)
+    return found
+
+
+def budgeted(model: nn.Module, data: Any, plan: Plan, least: int) -> tuple[list[Candidate], Budget]:
+    """The plan's layers and its budget. Raises BudgetError where ranks of at least `least` cannot meet it."""
+    cost = count(model, data.input_shape)
+    found = [c for c in candidates(model, cost, plan.format, plan.by, (), {})[0] if c.name in plan]
+    budget = make_budget(cost.by(plan.by), found, plan.ratio, plan.by)
+    check_reachable(found, budget, least)
+    return found, budget
 
 
 def groups_of(names: Sequence[str], size: int | None) -> list[list[str]]:

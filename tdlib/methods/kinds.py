@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 from tdlib.errors import TdlibError
 
 KINDS: dict[str, tuple[type, str]] = {
     "bool": (bool, "True or False"), "int": (Integral, "a whole number"), "float": (Real, "a number"),
-    "str": (str, "text"), "None": (type(None), "None"), "Path": (object, "a path"),
+    "str": (str, "text"), "None": (type(None), "None"), "Path": (PathLike, "a path"),
     "Mapping[str, Any]": (Mapping, "a table (dict)"), "Sequence[str]": (Sequence, "a list of names"),
     "Mapping[str, Sequence[int]]": (Mapping, "a table (dict)"),
 }  # fmt: skip
@@ -31,4 +32,4 @@ def check_kinds(functions: Iterable[Callable[..., Any]], given: Mapping[str, Any
 
 def _is(value: Any, name: str) -> bool:
     kind = KINDS[name][0]
-    return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

@@ -241,6 +241,8 @@ def _check(method: str, asked: Mapping[str, Any], hyper: Mapping[str, Any], epoc
         raise TdlibError(
             f"need finetune_epochs >= 0 and finetune_lr > 0, got {epochs} and {asked.get('finetune_lr')}"
         )
+    if asked.get("samples", 1) < 1:
+        raise TdlibError(f"samples must be at least 1, got {asked['samples']}")
     trains = epochs > 0 or any(_passes_on(part) for part in parts)
     idle = [name for name in hyper if name not in own and not trains]
     idle += ["finetune_lr"] if "finetune_lr" in asked and not epochs else []
@@ -280,17 +282,26 @@ def planned(
     )  # fmt: skip
 
 
-def reachable(model: nn.Module, method: str, data: Any, **asked: Any) -> Plan:
-    """The method's plan at uniform ranks, for which nothing is trained or measured: raises now what planning
-    would raise in `compress`, above all BudgetError.
+def check(model: nn.Module, method: str, data: Any, **asked: Any) -> None:
+    """Raises now what `compress` with these arguments would raise before its work: for wrong arguments, a
+    ratio out of reach, a step of training that fails. Of the ranks only uniform ones are tried.
 
-    asked: the arguments of `compress` that are about ranks (ratio, by, format, skip, options).
+    So a `model` that is still to be trained is known to be compressible afterwards.
     """
     row = _row(method)
-    given = {name: value for name, value in asked.items() if value is not None and name != "statistics"}
-    planner = _function(row.planner)
-    given = {"format": row.choices[0], **given, "rule": "uniform"}
-    return planner(model, data, **accepted(planner, given))
+    given = {"format": row.choices[0], **{name: value for name, value in asked.items() if value is not None}}
+    hyper = {name: value for name, value in given.items() if name not in _names(compress)}
+    epochs = given.get("finetune_epochs", row.finetune_epochs)
+    _check(method, given, hyper, epochs)
+    run, planner = _function(row.run), _function(row.planner)
+    if epochs or _passes_on(run):
+        training = {name: value for name, value in given.items() if name in _names(fit)}
+        rehearse(model, data, **training | {"epochs": max(1, epochs), "lr": given.get("finetune_lr", 0.01)})
+    if isinstance(given.get("statistics"), str | Path):
+        load_statistics(given.pop("statistics"))
+    if planner is planned:
+        given["rule"] = "uniform"  # others measure
+    planner(model, data, **accepted(planner, given))
 
 
 def hyperparameters(method: str) -> tuple[str, ...]:

@@ -99,6 +99,8 @@ FOREIGN += ["--out", "x.safetensors"]
         (["count", "resnet20", "--input-shape", "3,a"], 2, "3,32,32"),
         (["plan", "cnn", "--input-shape", "1,8,8", "--format", "tuker2"], 2, "tucker2"),
         (["plan", "cnn", "--input-shape", "1,8,8", "--ratio", "9999"], 1, "reach"),
+        (["plan", "cnn", "--input-shape", "1,8,8", "--set", "multiple=some"], 1, "a whole number"),
+        (["plan", "cnn", "--input-shape", "1,8,8", "--set", "model=1"], 2, "order"),
         ([*COMPRESS, "--out", "dense.safetensors"], 2, "--force"),
         ([*COMPRESS, "--out", "no/such/folder.safetensors"], 2, "folder"),
         ([*COMPRESS, "--out", "x.safetensors", "--ratio", "0.5"], 2, "above 1"),
@@ -262,12 +264,15 @@ def test_a_network_is_measured_as_it_was_trained(user):
     assert tdlib.provenance(tdlib.load("a.safetensors")).inputs == inputs
     again = ["--data", "imagefolder:photos", "--method", "direct", "--out"]
     from_file = run("compress", "--model", "a-dense.safetensors", *again, "b.safetensors")
-    said = "inputs: [3, 12, 12], mean [0.4, 0.5, 0.6], std [0.3, 0.2, 0.1], bilinear; as a-dense.safetensors"
+    said = "3, 12, 12, mean 0.4, 0.5, 0.6, std 0.3, 0.2, 0.1, bilinear; a-dense.safetensors was trained so"
     assert from_file.exit_code == 0 and said in from_file.stderr
     weights = ["--model", "cnn", "--weights", "a-dense.safetensors"]
     from_weights = run("compress", *weights, *again, "c.safetensors")
     assert from_weights.exit_code == 0 and said in from_weights.stderr
     assert from_weights.stdout == from_file.stdout
+    further = ["--train-epochs", "1", "--image-size", "16", *again]
+    other = run("compress", "--model", "a-dense.safetensors", *further, "d.safetensors")
+    assert other.exit_code == 0 and "a-dense.safetensors was trained otherwise" in other.stderr
     data = tdlib.data.load("imagefolder:photos", image_size=12, mean=inputs["mean"], std=inputs["std"])
     dense = tdlib.train.evaluate(tdlib.load("a-dense.safetensors"), data, "test", device="cpu")
     assert f"{dense['accuracy']:.2f}" in from_file.stdout
@@ -292,6 +297,36 @@ def test_without_the_packages_of_onnx_nothing_starts(user, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     result = run(*TRAINED, "--onnx", "x.onnx")
     assert result.exit_code == 1 and "tdlib[onnx]" in result.stderr and "epochs" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distribution-aware", "samples=0"], "samples must be at least 1"),
+        (["distribution-aware", "statistics=none"], "cannot read none"),
+        (["direct", "multiple=some"], "multiple must be a whole number"),
+        (["direct", "options=3"], "options must be a table"),
+        (["direct", "finetune_epochs=1", "checkpoint=3"], "checkpoint must be text or a path"),
+        (["direct", "finetune_epochs=1", "optimizer=none"], "adam, adamw, sgd"),
+        (["admm", "epochs=some"], "epochs must be a whole number"),
+        (["admm", "batch_size=0"], "batch_size >= 1"),
+        (["iterative", "batch_size=0"], "batch_size >= 1"),
+        (["iterative", "least=60"], "ranks of at least 60"),
+    ],
+)
+def test_wrong_settings_of_a_method_are_seen_before_training(user, arguments, words):
+    method, *settings = arguments
+    given = [part for setting in settings for part in ("--set", setting)]
+    result = run(*TRAINED, "--method", method, *given)
+    assert result.exit_code and words in result.stderr, result.stderr
+    assert "training the dense network" not in result.stderr and not list(user.glob("x*"))
+
+
+def test_iterative_takes_rules_of_its_own(user):
+    short = ["--method", "iterative", "--set", "stage_epochs=0", "--ratio", "1.3"]
+    assert run(*TRAINED, *short, "--rule", "nx").exit_code == 0
+    wrong = run(*TRAINED, *short, "--rule", "evbmf", "--force")
+    assert wrong.exit_code == 2 and "nx, vbmf" in wrong.stderr and "epochs" not in wrong.stderr
 
 
 def test_a_full_disk_is_seen_before_training(user, monkeypatch):
