@@ -114,7 +114,14 @@ def evbmf(candidates: Sequence[Candidate], request: Request) -> Choice:
 
 
 def global_(candidates: Sequence[Candidate], request: Request) -> Choice:
-    """The budget goes where a unit of cost buys most error reduction, across all layers."""
+    """The budget goes where a unit of cost buys most error reduction, across all layers; uniform ranks where
+    they promise less harm still.
+
+    The promise is an estimate, for each layer on its own. With Fisher weights it nearly halves the divergence
+    of a ResNet-20 on CIFAR-10; for a ResNet-18 on ImageNet at 2x and 3x it promises a fifth less than uniform
+    ranks do, and what was measured is within a fifth of theirs, either way. Without Fisher weights it knows
+    nothing of what a layer does to the network.
+    """
     budget = request.need_budget("global")
     statistics, weights = request.statistics, getattr(request.statistics, "weights", None)
 
