@@ -21,6 +21,7 @@ from tdlib.formats.replace import attached, obstacle
 from tdlib.network import check_layered, duplicate
 
 TOLERANCE = 1e-3
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 Inputs = tuple[Tensor, ...]
 
 
@@ -62,9 +63,9 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
     A chain of convolutions (Tucker-2, TT, CP, SVD) takes the norm into its last one. A norm stays after
     anything else, after a layer that is used twice or whose weight is read elsewhere, where hooks are
-    attached to one of them, and after a linear layer whose input was not flattened in sight (on (N, C, L) the
-    norm is over C, the layer over L). Raises TdlibError for a network whose forward torch.fx cannot trace, or
-    that has hooks or a patched forward itself.
+    attached to one of them, and, since what BatchNorm1d takes for channels depends on the axes of its input,
+    after a Conv1d or a linear layer whose input was not flattened in sight. Raises TdlibError for a network
+    whose forward torch.fx cannot trace, or that has hooks or a patched forward itself.
     """
     if reason := attached(model):
         raise TdlibError(f"BatchNorm cannot be folded, the network would lose something: {reason}")
@@ -75,15 +76,17 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         raise TdlibError(f"BatchNorm cannot be folded, the forward is not traceable: {error}") from error
     for node in list(traced.graph.nodes):
         norm = _called(node)
-        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None:
+        if not isinstance(norm, BatchNorm) or norm.running_mean is None:
             continue
         before = node.all_input_nodes[0]
         layer = _called(before)
         if not _alone(before) or not _alone(node) or len(before.users) > 1 or attached(norm):
             continue
-        if not isinstance(layer, nn.Conv2d | nn.Linear) or obstacle(layer):
+        if not isinstance(layer, nn.Conv2d | nn.Conv3d | nn.Linear) or obstacle(layer):
             continue
-        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+        if (isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)) or (
+            isinstance(layer, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d)
+        ):
             traced.set_submodule(str(before.target), fuse_conv_bn_eval(layer, norm))
         elif isinstance(layer, nn.Linear) and _is_matrix(before):
             traced.set_submodule(str(before.target), fuse_linear_bn_eval(layer, norm))

@@ -175,6 +175,17 @@ def test_random_networks_fold_to_the_same_outputs(seed):
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_norms_after_three_dimensional_convolutions_fold_and_folding_twice_changes_nothing():
+    torch.manual_seed(0)
+    volume = nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Flatten(2)
+    model = nn.Sequential(*volume, nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))
+    model.train()(torch.randn(8, 2, 5, 5, 5))
+    model, x = model.eval(), torch.randn(3, 2, 5, 5, 5)
+    folded = fold_batchnorm(fold_batchnorm(model))
+    assert [type(m) for m in folded.modules() if "BatchNorm" in type(m).__name__] == [nn.BatchNorm1d]
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_what_hangs_on_the_network_itself_is_not_folded_away():
     for change in (lambda m: m.register_forward_hook(print), lambda m: setattr(m, "forward", abs)):
         model = Apart()

@@ -80,8 +80,9 @@ def fisher(
 def class_scores(found: Any, count: int) -> Tensor:
     """The output of a network for `count` inputs. Raises: DataError unless it is (count, classes),
     NonFiniteError."""
-    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != count:
-        shape = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+    scores = isinstance(found, Tensor) and found.is_floating_point() and found.ndim == 2
+    if not scores or len(found) != count:
+        shape = f"of shape {tuple(found.shape)}, {found.dtype}" if isinstance(found, Tensor) else ""
         raise DataError(
             f"weights of the outputs need class scores (inputs, classes); for {count} inputs the network "
             f"gives a {type(found).__name__} {shape}: wrap it so that it returns them, or go without "

@@ -25,6 +25,7 @@ from tdlib.calibration.sensitivity import TEMPERATURE, damped, fisher
 from tdlib.errors import CheckpointError, DataError
 from tdlib.files import SUM, fits, parse, read_tensors, write_tensors
 from tdlib.formats.chains import Conv
+from tdlib.network import check_layered
 
 
 class Statistics(Mapping[str, Tensor]):
@@ -155,13 +156,17 @@ def statistics(
 def measurable(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """Name -> module of the layers whose statistics can be taken and that match a name or glob. Raises:
     DataError."""
+    check_layered(model)
     known: dict[str, nn.Module] = {
         n: m
         for n, m in model.named_modules()
         if isinstance(m, nn.Linear) or (isinstance(m, Conv) and m.groups == 1)
+        if not m.weight.is_complex()
     }
     if not known:
         raise DataError("the model has no Linear or convolution (groups 1) to take statistics of")
+    if any(p.is_meta for p in model.parameters()):
+        raise DataError("the model is on the meta device, without values: load its weights first")
     for pattern in patterns:
         if not any(fnmatch(n, pattern) for n in known):
             raise DataError(

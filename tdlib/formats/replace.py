@@ -86,7 +86,8 @@ def attached(module: nn.Module) -> str | None:
     """What is attached to this very module, so that it does more than its class says; or None."""
     if "forward" in vars(module):
         return "its forward is patched"
-    hooks = [hook for key, found in vars(module).items() if key.endswith("_hooks") for hook in found.values()]
+    held = [found for key, found in vars(module).items() if key.endswith("_hooks")]
+    hooks = [hook for found in held if isinstance(found, dict) for hook in found.values()]  # fx: lists
     names = {getattr(hook, "__name__", type(hook).__name__) for hook in hooks}
     return f"hooks are attached to it ({', '.join(sorted(names))})" if hooks else None
 

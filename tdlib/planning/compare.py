@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tdlib.errors import TdlibError, needs
 from tdlib.io import once, size_on_disk
-from tdlib.network import evaluating, provenance
-from tdlib.planning.cost import Given, Inputs, call, count, example
+from tdlib.network import provenance
+from tdlib.planning.cost import Given, Inputs, call, count, example, untouched
 
 WHOLE = "whole network"
 NOTE = (
@@ -91,7 +91,7 @@ def compare(
             "device, or their times say nothing of each other"
         )
     device, rows = places[0], []
-    with torch.no_grad(), evaluating(dense), evaluating(compressed):
+    with untouched(dense), untouched(compressed):
         own = [_batch(model, input_shape, example_inputs, batch) for model in models]
         inputs = [_inputs(model, units, y) for model, y in zip(models, own, strict=True)]
         for name in units:
@@ -118,11 +118,8 @@ def _place(model: nn.Module) -> Tensor:
 
 
 def _batch(model: nn.Module, input_shape: Sequence[int] | None, given: Given, batch: int) -> Inputs:
-    """Random inputs of the shape, the same for every model, or the example inputs repeated."""
-    if input_shape is not None:
-        x = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-        return (x.to(_place(model)),)
-    inputs = example(model, None, given)
+    """The inputs that `count` takes, repeated."""
+    inputs = example(model, input_shape, given)
     if isinstance(inputs, dict):
         return {name: x.repeat_interleave(batch, 0) for name, x in inputs.items()}
     return tuple(x.repeat_interleave(batch, 0) for x in inputs)

@@ -23,7 +23,7 @@ from tdlib.calibration import (
 )
 from tdlib.calibration.moments import Flat, padded
 from tdlib.calibration.statistics import shrinkage_for
-from tdlib.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError
+from tdlib.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, TdlibError
 
 CONVS = [
     dict(kernel_size=3, padding=1),
@@ -309,3 +309,25 @@ def test_large_images_are_taken_a_few_rows_at_a_time(options, monkeypatch):
     assert parts.counts == whole.counts
     width = model(x).shape[3] * model[0].weight[0].numel()
     assert max(added, default=0) <= max(1000, width)  # a row of one image is the least
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.LazyLinear(4)), "not initialised"),
+        (nn.Linear(4, 4, device="meta"), "meta device"),
+        (nn.Linear(4, 4, dtype=torch.cfloat), "no Linear or convolution"),
+    ],
+)
+def test_networks_without_real_values_are_refused(model, words):
+    with pytest.raises(TdlibError, match=words):
+        tdlib.statistics(model, [torch.ones(2, 4)])
+
+
+def test_outputs_that_are_no_class_scores_have_no_sensitivity():
+    class Spectrum(nn.Linear):
+        def forward(self, x):
+            return torch.fft.fft(super().forward(x))
+
+    with pytest.raises(DataError, match="class scores"):
+        tdlib.statistics(Spectrum(4, 4), [torch.ones(8, 4)], output_weights=True)

@@ -139,6 +139,7 @@ def test_buffers_that_a_forward_replaces_are_put_back():
     model = Stateful()
     state = model.state
     tdlib.plan(model, (16,), "svd", 1.2)
+    tdlib.compare(model, model, (16,), repeats=1)
     assert model.state is state and not state.any()
 
 
