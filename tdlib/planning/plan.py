@@ -40,8 +40,9 @@ class Plan(Mapping[str, LayerPlan]):
     others stay dense, and `skipped_costs` what they cost, (params, macs).
 
     dense_params, dense_macs: of the whole network before (params with norm layers, whose share is
-    bn_params); params, macs: after `decompose`, exactly. ratio: what the plan really gives in its unit `by`;
-    params_ratio and macs_ratio: in either.
+    bn_params); params, macs: after `decompose`, exactly, for layers that the network only calls (one that
+    reads a layer's weight composes it anew in every pass, and `count` counts that too). ratio: what the plan
+    really gives in its unit `by`; params_ratio and macs_ratio: in either.
     """
 
     layers: Mapping[str, LayerPlan]
