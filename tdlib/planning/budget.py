@@ -14,6 +14,7 @@ from itertools import product
 from tdlib.errors import BudgetError
 from tdlib.formats import Ranks
 from tdlib.planning.candidates import Candidate
+from tdlib.planning.skipped import percent
 
 Choice = dict[str, Ranks | None]
 TOLERANCE = 0.02
@@ -60,7 +61,8 @@ def make_budget(
     if budget.ratio > budget.ratio_of(least):
         raise BudgetError(
             f"a ratio of {ratio:g} in {by} cannot be reached: the best reachable is {best:.3f}, "
-            f"with every rank at {candidates[0].multiple}" + (f"; {why}" if (why := dense()) else "")
+            f"with every rank at {candidates[0].multiple}; {percent(fixed, total)} of the {by} cannot shrink"
+            + (f": {why}" if (why := dense()) else "")
         )
     return budget
 

@@ -239,7 +239,7 @@ def plan(
     else:
         if ratio is not None:
             total, left = cost.by(by), cost.shares(skipped, [c.name for c in found])
-            stays = partial(summary, dict(skipped), left, total, by, len(found))
+            stays = partial(summary, dict(skipped), left, by, len(found))
             request.budget = make_budget(total, found, ratio, by, stays)
         choice = RULES[rule](found, request)
     layers, costs = {}, {}

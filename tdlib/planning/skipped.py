@@ -27,20 +27,15 @@ def groups(skipped: Mapping[str, str], costs: Sizes, by: str) -> list[Group]:
     return sorted(found, key=lambda group: -group.size[by == "macs"])
 
 
-def summary(
-    skipped: Mapping[str, str], costs: Sizes, total: int, by: str, planned: int, most: int = 4
-) -> str:
-    """How many layers of all (`planned` of them do not stay dense), their share of `total`, the first
-    reasons; empty where there are none."""
+def summary(skipped: Mapping[str, str], costs: Sizes, by: str, planned: int, most: int = 4) -> str:
+    """How many layers of all (`planned` of them do not stay dense) and the first reasons; empty where there
+    are none."""
     if not skipped:
         return ""
     found = groups(skipped, costs, by)
-    share = percent(sum(group.size[by == "macs"] for group in found), total)
     reasons = "; ".join(f"{len(group.names)}× {group.reason!r}" for group in found[:most])
     more = f"; and {len(found) - most} more reasons" if len(found) > most else ""
-    return (
-        f"{len(skipped)} of {len(skipped) + planned} layers stay dense ({share} of the {by}): {reasons}{more}"
-    )
+    return f"{len(skipped)} of {len(skipped) + planned} layers stay dense, {reasons}{more}"
 
 
 def percent(part: float, whole: float) -> str:

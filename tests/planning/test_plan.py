@@ -422,7 +422,7 @@ def test_an_unreachable_ratio_says_what_stays_dense_and_why():
 
     model = nn.Sequential(*(Own(8, 8, 3) for _ in range(3)), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1, groups=8))
     words = (
-        r"with every rank at 1; 4 of 5 layers stay dense \(\d\d\.\d % of the macs\): "
+        r"with every rank at 1; \d\d\.\d % of the macs cannot shrink: 4 of 5 layers stay dense, "
         r"3× 'Own has a forward of its own'; 1× 'depthwise convolution'"
     )
     with pytest.raises(BudgetError, match=words):
@@ -497,3 +497,18 @@ def test_layers_that_share_a_bias_stay_dense():
     plan = tdlib.plan(model, (16,), "svd", 1.2)
     assert set(plan) == {"0"} and "bias is shared with 2" in plan.skipped["1"]
     assert tdlib.count(tdlib.decompose(model, plan), (16,)).params == plan.params
+
+
+def test_a_budget_out_of_reach_says_what_no_layer_holds():
+    """Products of a parent with a layer's weight are the parent's, which holds no matrix of its own."""
+
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.called = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.called(nn.functional.linear(x, self.used.weight))
+
+    with pytest.raises(BudgetError, match=r"50\.0 % of the macs cannot shrink: 1 of 2 layers"):
+        tdlib.plan(Functional(), (32,), "svd", 3.0, "macs")
