@@ -27,6 +27,8 @@ from tdlib.files import SUM, fits, parse, read_tensors, write_tensors
 from tdlib.formats.chains import Conv
 from tdlib.network import check_layered
 
+VERSION = "2"  # of the file; the first ones had none, and no SHA-256
+
 
 class Statistics(Mapping[str, Tensor]):
     """Layer name -> Sigma (n, n) float64 on the CPU.
@@ -74,7 +76,7 @@ class Statistics(Mapping[str, Tensor]):
         tensors |= {f"mean.{n}": m.contiguous() for n, m in self.means.items()}
         tensors |= {f"weight.{n}": h.contiguous() for n, h in self.weights.items()}
         counts = json.dumps(self.counts)
-        write_tensors(path, tensors, {"tdlib": "statistics", "version": "2", "counts": counts})
+        write_tensors(path, tensors, {"tdlib": "statistics", "version": VERSION, "counts": counts})
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -84,6 +86,10 @@ def load_statistics(path: str | Path) -> Statistics:
     tensors, metadata = read_tensors(path)
     if metadata.get("tdlib") != "statistics":
         raise CheckpointError(f"{path} was not written by Statistics.save")
+    if metadata.get("version", VERSION) != VERSION:
+        raise CheckpointError(
+            f"{path} has version {metadata['version']}; this version of tdlib reads {VERSION}"
+        )
     if "version" in metadata and SUM not in metadata:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is gone")
     parts: dict[str, dict[str, Tensor]] = {"sigma": {}, "mean": {}, "weight": {}}

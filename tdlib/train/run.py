@@ -12,12 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdlib.calibration.passes import placed
-from tdlib.errors import NonFiniteError, needs
+from tdlib.errors import CheckpointError, NonFiniteError, needs
+from tdlib.files import fits
 from tdlib.train import checkpoint as store
 from tdlib.train.engine import Engine, Progress, stream_seed
 from tdlib.train.evaluation import add, class_scores, metrics, new_totals, sums
 from tdlib.train.hooks import Context, Hook
 from tdlib.train.interrupt import Signals
+
+FORM = {
+    "finished": bool, "epoch": int, "step": int, "rows": [dict], "row": dict, "model": dict, "hooks": [dict],
+}  # fmt: skip
+FORM_UNFINISHED = {**FORM, "optimizer": dict, "totals": Tensor, "rng": {str: Tensor}, "spent": float}
 
 
 @dataclass
@@ -186,9 +192,18 @@ class Run:
         store.write(self.directory, state)
 
     def restore(self, saved: dict[str, Any] | None) -> None:
-        """Continue from ``saved``."""
+        """Continue from ``saved``. Raises CheckpointError where it is no state of this run."""
         if saved is None:
             return
+        try:
+            form = FORM if saved.get("finished") else FORM_UNFINISHED
+            if not fits(saved, form) or not 0 <= saved["epoch"] <= self.ctx.epochs:
+                raise ValueError("an entry is missing or of another kind")
+            self._restore(saved)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint in {self.directory} cannot be restored: {error}") from error
+
+    def _restore(self, saved: dict[str, Any]) -> None:
         ctx = self.ctx
         ctx.model.load_state_dict(saved["model"])
         for hook, state in zip(self.hooks, saved["hooks"], strict=True):

@@ -182,6 +182,9 @@ def test_saved_statistics_come_back_and_foreign_files_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="was not written"):
         load_statistics(path)
+    save_file({"a": torch.zeros(1)}, path, {"tdlib": "statistics", "version": "99"})
+    with pytest.raises(CheckpointError, match="has version 99"):
+        load_statistics(path)
 
 
 def test_output_weights_are_the_damped_fisher_information_and_are_saved(tmp_path):

@@ -317,6 +317,20 @@ def test_remains_of_a_killed_write_are_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [store.NAME]
 
 
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("epoch", None), ("epoch", -5), ("epoch", 99), ("step", "a"), ("model", {}), ("rows", "a"),
+        ("hooks", [{}]), ("optimizer", "a"), ("totals", "a"), ("rng", "a"), ("finished", "a"),
+    ],
+)  # fmt: skip
+def test_state_of_another_form_is_refused(tmp_path, entry, value):
+    _fit(tiny_model(), tmp_path, max_minutes=1e-9)
+    store.write(tmp_path, store.read(tmp_path) | {entry: value})
+    with pytest.raises(CheckpointError, match="cannot be restored"):
+        _fit(tiny_model(), tmp_path)
+
+
 def test_checkpoint_cannot_run_code(tmp_path):
     class Evil:
         def __reduce__(self):
