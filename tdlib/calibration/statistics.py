@@ -109,6 +109,10 @@ def load_statistics(path: str | Path) -> Statistics:
         square = weight.ndim == 2 and weight.shape[0] == weight.shape[1]
         if sigma.shape != (n, n) or means[name].shape != (n,) or counts[name] < 1 or not square:
             raise CheckpointError(f"{path}: Sigma, mean and count of layer {name!r} do not go together")
+        if not all(bool(x.isfinite().all()) for x in (sigma, means[name], weight)):
+            raise CheckpointError(f"{path}: the statistics of layer {name!r} hold NaN or Inf")
+        if not torch.allclose(sigma, sigma.T) or not torch.allclose(weight, weight.T):
+            raise CheckpointError(f"{path}: a second moment of layer {name!r} is not symmetric")
     return Statistics({n: s.double() for n, s in sigmas.items()}, means, counts, weights)
 
 

@@ -179,6 +179,8 @@ def example(model: nn.Module, input_shape: Sequence[int] | None, example_inputs:
     place = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     if input_shape is not None:
         shape = tuple(int(n) for n in input_shape)
+        if min(shape, default=1) < 1:
+            raise TdlibError(f"input_shape {shape} is no shape: every size must be at least 1")
         return (torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).to(place),)
     given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(given, Sequence | Mapping) or not given:

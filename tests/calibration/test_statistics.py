@@ -1,11 +1,13 @@
 """Streamed input statistics against im2col of everything."""
 
 import copy
+import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tdlib
@@ -24,6 +26,7 @@ from tdlib.calibration import (
 from tdlib.calibration.moments import Flat, padded
 from tdlib.calibration.statistics import shrinkage_for
 from tdlib.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, TdlibError
+from tdlib.files import write_tensors
 
 CONVS = [
     dict(kernel_size=3, padding=1),
@@ -182,6 +185,14 @@ def test_saved_statistics_come_back_and_foreign_files_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="was not written"):
         load_statistics(path)
+    header = {"tdlib": "statistics", "version": "2", "counts": json.dumps(stats.counts)}
+    for part, wrong, word in (("sigma", math.nan, "NaN"), ("mean", math.inf, "NaN"), ("sigma", 9.0, "symm")):
+        stats.save(path)
+        tensors = load_file(path)
+        tensors[f"{part}.2"].view(-1)[-2] = wrong
+        write_tensors(path, tensors, header)
+        with pytest.raises(CheckpointError, match=word):
+            load_statistics(path)
     save_file({"a": torch.zeros(1)}, path, {"tdlib": "statistics", "version": "99"})
     with pytest.raises(CheckpointError, match="has version 99"):
         load_statistics(path)

@@ -149,6 +149,7 @@ def network_forge(path, edits):
 def statistics(path):
     draw = torch.Generator().manual_seed(0)
     sigma, mean = torch.rand(4, 4, generator=draw).double(), torch.rand(4, generator=draw)
+    sigma = sigma @ sigma.T
     sigmas, means = {"a": sigma, "b.c": sigma + 1}, {"a": mean, "b.c": mean + 1}
     Statistics(sigmas, means, {"a": 7, "b.c": 9}, {"a": sigma + 2}).save(path)
 

@@ -123,3 +123,9 @@ def test_an_input_that_does_not_fit_is_a_named_error():
     with pytest.raises(TdlibError, match="does not run"):
         tdlib.count(model, (5,))
     assert model.training
+
+
+@pytest.mark.parametrize("shape", [(3, -1, 8), (0, 8, 8)])
+def test_shapes_that_are_none_are_refused(shape):
+    with pytest.raises(TdlibError, match="at least 1"):
+        tdlib.count(torch.nn.Conv2d(3, 4, 3), shape)
