@@ -143,13 +143,13 @@ def experiment(
 
     Columns: method (the arm), ratio (the target), by, seed. Accuracies in percent on the test split:
     dense_test_accuracy, test_accuracy_before (right after the last decomposition),
-    test_accuracy_recalibrated (the same with BatchNorm re-estimated), test_accuracy (at the end; of the
-    fine-tuning epochs that of the best on validation), test_accuracy_last (after the last epoch of
-    fine-tuning); and val_accuracy. agreement with the dense network's top-1 (percent) and kl divergence from
-    it (nats) on test, n images. params_ratio, macs_ratio and speedup (measured, batch of one): dense /
-    compressed. seconds: of the whole arm from the dense network on, without measuring. images: inputs drawn
-    from the training split by the process that finished the row; labels: whether their labels were used;
-    epochs: of all its training.
+    test_accuracy_recalibrated (the same with BatchNorm re-estimated on images drawn by the seed),
+    test_accuracy (at the end; of the fine-tuning epochs that of the best on validation), test_accuracy_last
+    (after the last epoch of fine-tuning); and val_accuracy. agreement with the dense network's top-1
+    (percent) and kl divergence from it (nats) on test, n images. params_ratio, macs_ratio and speedup
+    (measured, batch of one): dense / compressed. seconds: of the whole arm from the dense network on, without
+    measuring. images: inputs drawn from the training split by the process that finished the row; labels:
+    whether their labels were used; epochs: of all its training.
     """
     results, started = Results(), time.perf_counter()
     same = {"progress": progress, **(training or {})}
@@ -256,7 +256,7 @@ def _run(
     def measure(small: nn.Module) -> Tensor:
         outputs = _answers(small, data, device)[0]
         measured["test_accuracy_before"] = accuracy(outputs)
-        fresh = recalibrated(small, data, device)
+        fresh = recalibrated(small, data, device, seed=options["seed"])
         measured["test_accuracy_recalibrated"] = accuracy(_answers(fresh, data, device)[0])
         return outputs
 

@@ -116,9 +116,14 @@ def accuracies(model: nn.Module, data: Bundle, device: str | torch.device | None
 
 
 def recalibrated(
-    model: nn.Module, data: Bundle, device: str | torch.device | None = None, images: int = 2000
+    model: nn.Module,
+    data: Bundle,
+    device: str | torch.device | None = None,
+    images: int = 2000,
+    seed: int = 0,
 ) -> nn.Module:
-    """A copy whose BatchNorm statistics are taken anew from (at most) ``images`` training images.
+    """A copy whose BatchNorm statistics are taken anew from (at most) ``images`` training images, drawn by
+    ``seed``.
 
     Right after a decomposition the old statistics alone can hold a network at chance; with fresh ones its
     accuracy says what the weights still know. Without BatchNorm an equal copy.
@@ -127,9 +132,9 @@ def recalibrated(
     norms = [m for m in fresh.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if any(norm.track_running_stats for norm in norms):
         place = device if device is not None else next(fresh.parameters()).device
-        size = min(256, len(data.train))
-        batches = data.batches("train", size, device=place)
-        recalibrate_batchnorm(fresh.to(place), (x for x, _ in islice(batches, max(1, images // size))))
+        size = min(256, images, len(data.train))
+        batches = data.batches("train", size, device=place, seed=seed)
+        recalibrate_batchnorm(fresh.to(place), (x for x, _ in islice(batches, images // size)))
     return fresh
 
 

@@ -245,7 +245,7 @@ def test_checkpoints_of_every_stage_have_a_folder_of_their_own(dense, data, plan
 def test_measuring_on_the_way_is_not_timed(run, plan, clock, monkeypatch):
     measured = module.recalibrated
 
-    def recalibrated(*given):
+    def recalibrated(*given, seed):
         clock.now += 100
         return measured(*given)
 

@@ -71,6 +71,9 @@ def test_fresh_batchnorm_statistics_restore_a_network_that_lost_them():
     assert train.accuracies(net, data)["test"] < good - 20
     assert train.evaluate(train.recalibrated(net, data), data)["accuracy"] > good - 10
     assert torch.equal(net.bn2.running_mean, lost)
+    first, again, other = (train.recalibrated(net, data, images=16, seed=seed).bn2 for seed in (1, 1, 2))
+    assert torch.equal(first.running_mean, again.running_mean)
+    assert not torch.equal(first.running_mean, other.running_mean)
     plain = tiny_model(norm=False)
     assert train.accuracies(train.recalibrated(plain, data), data) == train.accuracies(plain, data)
 
