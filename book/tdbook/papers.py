@@ -18,7 +18,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from tdbook import tables
 from tdbook.paths import PAPERS
-from tdbook.schema import Strict, validate
+from tdbook.schema import Strict, Text, validate
 from tdlib.errors import unknown
 
 Mark = Literal["V", "V-calc", "M"]
@@ -57,6 +57,21 @@ class Table(Strict):
         return self
 
 
+class Difference(Strict):
+    """One point in which a chapter differs from its paper, or where the paper leaves it open.
+
+    authors: what they did, known as `mark` says; here: what the chapter does, and why; effect: what that may
+    change.
+    """
+
+    point: Text
+    authors: Text
+    mark: Mark
+    here: Text
+    why: Text
+    effect: Text
+
+
 class Paper(Strict):
     """One paper's file; `cite` is its key in the bibliography."""
 
@@ -68,6 +83,7 @@ class Paper(Strict):
     url: str
     code: str | None = None
     tables: dict[str, Table]
+    differences: list[Difference] = Field(default_factory=list)
 
 
 def available() -> list[str]:
@@ -116,6 +132,18 @@ def markdown(key: str, name: str) -> str:
         shown[value.replace("_", " ")] = [show(v, m, spec.units.get(value, "")) for v, m in pairs]
     parts = [f"*{spec.caption}*", *([tables.markdown(shown)] if len(shown) else [])]
     return "\n\n".join([*parts, "\n".join(f"- {note.strip()}" for note in spec.notes)])
+
+
+def differences(key: str) -> str:
+    """What the chapter does otherwise than the paper, as a markdown table."""
+    rows = [
+        {
+            "": one.point, "the authors": one.authors + MARKS[one.mark].replace(" reported", ""),
+            "here": one.here, "why": one.why, "what it may change": one.effect,
+        }
+        for one in load(key).differences
+    ]  # fmt: skip
+    return tables.markdown(rows)
 
 
 def _table(key: str, name: str) -> Table:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from tdbook import claims, former, papers, status, verdicts
 from tdlib.errors import DataError, UnknownName
@@ -175,6 +176,22 @@ def test_papers_print_their_marks() -> None:
         papers.table("admm-tt", "cifar1000")
     with pytest.raises(UnknownName, match="admm-tt"):
         papers.load("adm-tt")
+
+
+def test_differences_from_a_paper_are_a_table_with_how_the_authors_way_is_known(monkeypatch):
+    row = {
+        "point": "order",
+        "authors": "forwards",
+        "mark": "M",
+        "here": "backwards",
+        "why": "speed",
+        "effect": "none",
+    }
+    paper = papers.load("musco").model_copy(update={"differences": [papers.Difference(**row)]})
+    monkeypatch.setattr(papers, "load", lambda key: paper)
+    assert "forwards (unverified)" in papers.differences("musco")
+    with pytest.raises(ValidationError):
+        papers.Difference(**row | {"effect": ""})
 
 
 @pytest.mark.parametrize("key", papers.available())
