@@ -6,6 +6,7 @@ columns; a record of a row is the row.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,6 +127,7 @@ def experiment(
     by: str = "params",
     reference: Callable[[nn.Module, int], nn.Module] | None = None,
     training: Mapping[str, Any] | None = None,
+    epoch: Mapping[str, Any] | None = None,
     recorder: Recorder | None = None,
     progress: bool = False,
 ) -> Results:
@@ -135,6 +137,7 @@ def experiment(
     the network that rows are compared with, where the dense one has to train on for as many epochs as the
     arms; once per seed, and it must not change the dense one. training: arguments of `train.fit` for all
     training alike (batch_size, device, precision, checkpoint, max_minutes, ...); an arm's own go before.
+    epoch: asks for test_accuracy_epoch, and holds what that one epoch of `train.fit` sets otherwise (lr).
     recorder: writes a record of every row as soon as it is there; rows whose record exists are read instead
     of run, so a stopped experiment continues. A record is known by its parameters, the settings of its arm
     and the data; it also holds the ranks and the fingerprint of the dense network, which has to be the same
@@ -144,6 +147,7 @@ def experiment(
     Columns: method (the arm), ratio (the target), by, seed. Accuracies in percent on the test split:
     dense_test_accuracy, test_accuracy_before (right after the last decomposition),
     test_accuracy_recalibrated (the same with BatchNorm re-estimated on images drawn by the seed),
+    test_accuracy_epoch (the same, BatchNorm as it is, after one epoch of fine-tuning; of `epoch` alone),
     test_accuracy (at the end; of the fine-tuning epochs that of the best on validation), test_accuracy_last
     (after the last epoch of fine-tuning); and val_accuracy. agreement with the dense network's top-1
     (percent) and kl divergence from it (nats) on test, n images. params_ratio, macs_ratio and speedup
@@ -158,7 +162,7 @@ def experiment(
     began: dict[int, str] = {}  # seed -> fingerprint of the dense network, of this run or of its records
     for seed, ratio, (name, arm) in product(seeds, map(float, ratios), arms.items()):
         about = {"method": name, "ratio": ratio, "by": by, "seed": seed}
-        settings = described(arm, same)
+        settings = described(arm, same, epoch)
         found = None if recorder is None else recorder.read(about, settings, data)
         if found is None:
             begun = time.perf_counter()
@@ -169,7 +173,8 @@ def experiment(
                 compared = network if reference is None else reference(network, seed)
                 references[seed] = Reference(compared, *_answers(compared, data, options.get("device")))
             start_weights = fingerprint(results.dense[seed])
-            decisive = {**about, "settings": settings, "data": data.fingerprint, "start": start_weights}
+            decisive = {**about, "settings": described(arm, same), "data": data.fingerprint}
+            decisive["start"] = start_weights
             _one_start(began, seed, start_weights)
             options["origin"] = checkpoint.digest({k: repr(v) for k, v in decisive.items()})
             if (arm.start, seed) not in starts:
@@ -178,7 +183,7 @@ def experiment(
             start = starts[arm.start, seed]
             results.starts[name, seed] = start.network
             try:
-                row, tables, small, plan = _run(arm, ratio, references[seed], start, data, options)
+                row, tables, small, plan = _run(arm, ratio, references[seed], start, data, options, epoch)
             except BudgetError as problem:
                 print(f"{name} at {ratio:g}×: {problem}")
                 continue
@@ -226,6 +231,10 @@ class Reference:
     logits: Tensor
     labels: Tensor
 
+    def accuracy(self, outputs: Tensor) -> float:
+        """Of outputs on the test split, in percent."""
+        return _percent(outputs.argmax(1) == self.labels)
+
 
 def _answers(model: nn.Module, data: Bundle, device: Any) -> tuple[Tensor, Tensor]:
     """(outputs, labels) on the test split, on the CPU; the model is moved to the device, if one is given."""
@@ -243,50 +252,49 @@ def _percent(hits: Tensor) -> float:
 
 
 def _run(
-    arm: Arm, ratio: float, reference: Reference, start: Start, data: Bundle, options: dict[str, Any]
+    arm: Arm,
+    ratio: float,
+    reference: Reference,
+    start: Start,
+    data: Bundle,
+    options: dict[str, Any],
+    epoch: Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], Tables, nn.Module, Plan]:
     """One row (without the columns that name it), the tables, the network and its plan."""
     device, watch, counted = options.get("device"), Watch(start.seconds), CountedBundle.of(data)
     begun = time.perf_counter()
-    measured: dict[str, float | None] = {}
-
-    def accuracy(outputs: Tensor) -> float:
-        return _percent(outputs.argmax(1) == reference.labels)
-
-    def measure(small: nn.Module) -> Tensor:
-        outputs = _answers(small, data, device)[0]
-        measured["test_accuracy_before"] = accuracy(outputs)
-        fresh = recalibrated(small, data, device, seed=options["seed"])
-        measured["test_accuracy_recalibrated"] = accuracy(_answers(fresh, data, device)[0])
-        return outputs
+    cut: list[nn.Module] = []  # the network right after its last decomposition, where the method shows it
 
     def on_decomposed(small: nn.Module) -> None:
         with watch.paused():
-            measure(small)
+            cut[:] = [copy.deepcopy(small)]
 
     with watch.running():
         plan = arm.plan(start.network, ratio, options["seed"])
         given = _taken(arm.run, {**options, "on_decomposed": on_decomposed})
         small, tables = arm.run(start.network, counted, plan, **given)
     tables = {**start.tables, **tables}
-    outputs = None if measured or arm.scratch else measure(small)
-    last = None
+    measured: dict[str, float] = {}
+    outputs = last = None
+    if not arm.scratch:
+        measured, outputs = _right_after(cut[0] if cut else small, reference, data, options, epoch)
     if arm.finetune.get("epochs"):
         settings = {**stage(options, "finetune", begun), **arm.finetune}
         with watch.running():
             history, found = fit_selected(small, counted, **settings)
         tables = {**tables, "finetune": tables.get("finetune", []) + history.rows}
-        outputs, last = None, found["last"]["test"]
-    outputs = _answers(small, data, device)[0] if outputs is None else outputs
+        last = found["last"]["test"]
+    if outputs is None or cut or last is not None:
+        outputs = _answers(small, data, device)[0]
     labels = arm.trains or bool(arm.finetune.get("epochs")) or start.trained
     # Epochs that a checkpoint brought took their seconds in an earlier process.
     trained = [epoch for table in tables.values() for epoch in table if "train_loss" in epoch]
     seconds = max(watch.seconds, sum(epoch["seconds"] for epoch in trained))
     whole = tdlib.compare(reference.network, small, data.input_shape, repeats=5).whole
     row = {
-        "dense_test_accuracy": accuracy(reference.logits),
+        "dense_test_accuracy": reference.accuracy(reference.logits),
         **measured,
-        "test_accuracy": accuracy(outputs),
+        "test_accuracy": reference.accuracy(outputs),
         "test_accuracy_last": last,
         "val_accuracy": evaluate(small, data, "val", device=device)["accuracy"] if len(data.val) else None,
         "agreement": _percent(outputs.argmax(1) == reference.logits.argmax(1)),
@@ -304,7 +312,35 @@ def _run(
     return row, tables, small, plan
 
 
-def described(arm: Arm, training: Mapping[str, Any]) -> dict[str, Any]:
+def _right_after(
+    small: nn.Module,
+    reference: Reference,
+    data: Bundle,
+    options: Mapping[str, Any],
+    epoch: Mapping[str, Any] | None,
+) -> tuple[dict[str, float], Tensor]:
+    """What a network keeps right after a decomposition, and its outputs on the test split; it is left as it
+    is."""
+    device = options.get("device")
+    outputs = _answers(small, data, device)[0]
+    changed = {"recalibrated": recalibrated(small, data, device, seed=options["seed"])}
+    if epoch is not None:
+        changed["epoch"] = copy.deepcopy(small)
+        fit(changed["epoch"], data, **_one_epoch(options, epoch))
+    accuracies = {name: reference.accuracy(_answers(net, data, device)[0]) for name, net in changed.items()}
+    found = {"before": reference.accuracy(outputs), **accuracies}
+    return {f"test_accuracy_{name}": value for name, value in found.items()}, outputs
+
+
+def _one_epoch(training: Mapping[str, Any], epoch: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `fit` for the epoch that only measures: without a checkpoint or a limit of time."""
+    once = {"epochs": 1, "checkpoint": None, "max_minutes": None, "progress": False, "validate": False}
+    return {**training, **epoch, **once}
+
+
+def described(
+    arm: Arm, training: Mapping[str, Any], epoch: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What decides a row of this arm beside ratio, seed and data: the functions and all their arguments that
     are plain values, defaults and those of training included."""
     found: dict[str, Any] = {"run": _described(arm.run, training)}
@@ -312,6 +348,8 @@ def described(arm: Arm, training: Mapping[str, Any]) -> dict[str, Any]:
         found["start"] = _described(arm.start, training)
     if arm.finetune.get("epochs"):
         found["finetune"] = _described(fit, {**training, **arm.finetune})
+    if epoch is not None and not arm.scratch:
+        found["epoch"] = _described(fit, _one_epoch(training, epoch))
     return found
 
 

@@ -10,8 +10,8 @@ import pandas as pd
 #: Columns of `tdbook.experiment` in every chapter's main table, and their headings.
 COLUMNS = {
     "test_accuracy_before": "decomposed (%)", "test_accuracy_recalibrated": "+ BatchNorm (%)",
-    "test_accuracy": "at the end (%)", "params_ratio": "params ×", "macs_ratio": "MACs ×",
-    "speedup": "speed-up ×", "epochs": "epochs", "seconds": "seconds",
+    "test_accuracy_epoch": "+ 1 epoch (%)", "test_accuracy": "at the end (%)", "params_ratio": "params ×",
+    "macs_ratio": "MACs ×", "speedup": "speed-up ×", "epochs": "epochs", "seconds": "seconds",
 }  # fmt: skip
 
 

@@ -209,6 +209,40 @@ def test_equal_seeds_give_equal_rows(run, plan):
     assert not one.equals(run(arms, seeds=(0,)).frame.drop(columns=TIMES))
 
 
+def test_one_epoch_of_fine_tuning_is_measured_beside_the_run(run, plan, data, dense, tmp_path):
+    begins = []
+
+    def method(model, data, plan, *, on_decomposed=lambda network: None):
+        small = direct(model, data, plan)[0]
+        on_decomposed(small)
+        with torch.no_grad():
+            small.conv1.weight.add_(0.1)  # training after the decomposition, which the epoch does not see
+        begins.append(fingerprint(small))
+        return small, {}
+
+    arms = {
+        "direct": Arm(direct, plan), "tuned": Arm(direct, plan, finetune=TUNED), "goes on": Arm(method, plan),
+        "scratch": Arm(partial(scratch, epochs=1), plan, trains=True, scratch=True),
+    }  # fmt: skip
+    recorder = Recorder("toy", {"dataset": "digits"}, directory=tmp_path)
+    found = run(arms, epoch={"lr": 0.02}, recorder=recorder)
+    small = tdlib.decompose(dense(0), plan(dense(0), 2, 0))
+    tdlib.train.fit(small, data, epochs=1, lr=0.02, progress=False, **TRAINING)
+    expected = tdlib.train.evaluate(small, data)["accuracy"]
+    rows = found.frame.set_index("method")
+    assert rows["test_accuracy_epoch"].drop("scratch").tolist() == [expected] * 3
+    assert rows.loc["direct", "test_accuracy_before"] != expected and "scratch" in rows.index
+    assert rows["test_accuracy_epoch"].isna()["scratch"]
+    assert fingerprint(found.networks["goes on", 2.0, 0]) == begins[0]
+
+    plain = run(arms).frame.set_index("method")
+    same = plain.columns.drop([*TIMES, "by"])
+    assert plain[same].equals(rows[same])  # nothing else has changed, epochs and images included
+    settings = {row["parameters"]["method"]: row["settings"] for row in map(read_record, tmp_path.iterdir())}
+    assert settings["direct"]["epoch"]["lr"] == 0.02 and settings["direct"]["epoch"]["batch_size"] == 16
+    assert settings["direct"]["epoch"]["epochs"] == 1 and "epoch" not in settings["scratch"]
+
+
 def test_rows_are_compared_with_the_reference(run, plan, data, dense):
     def longer(network, seed):
         trained = tdlib.formats.decompose(network, {})
@@ -236,7 +270,7 @@ def test_an_arms_own_settings_go_before_the_common_ones_and_add_columns(run, pla
 def test_checkpoints_of_every_stage_have_a_folder_of_their_own(dense, data, plan, tmp_path):
     arms = {"tuned": Arm(direct, plan, finetune=TUNED)}
     training = TRAINING | {"checkpoint": tmp_path}
-    first = experiment(dense, data, arms, ratios=(2, 4), training=training)
+    first = experiment(dense, data, arms, ratios=(2, 4), training=training, epoch={"lr": 0.01})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tuned-2-params-0", "tuned-4-params-0"]
     again = experiment(dense, data, arms, ratios=(2, 4), training=training)
     assert again.frame["test_accuracy"].equals(first.frame["test_accuracy"])
@@ -249,6 +283,9 @@ def test_measuring_on_the_way_is_not_timed(run, plan, clock, monkeypatch):
         clock.now += 100
         return measured(*given)
 
+    def fit(*_, **__):
+        clock.now += 1000
+
     def method(model, data, plan, *, on_decomposed=lambda network: None):
         clock.now += 1
         small = direct(model, data, plan)[0]
@@ -260,8 +297,9 @@ def test_measuring_on_the_way_is_not_timed(run, plan, clock, monkeypatch):
         return method(model, data, plan)
 
     monkeypatch.setattr(module, "recalibrated", recalibrated)
-    rows = run({"calls back": Arm(method, plan), "does not": Arm(silent, plan)}).frame
-    assert rows["seconds"].tolist() == [3, 3] and clock.now == 206
+    monkeypatch.setattr(module, "fit", fit)
+    rows = run({"calls back": Arm(method, plan), "does not": Arm(silent, plan)}, epoch={"lr": 0.01}).frame
+    assert rows["seconds"].tolist() == [3, 3] and clock.now == 2206
 
 
 def test_the_watch_counts_what_runs_and_not_what_pauses_it(clock):
