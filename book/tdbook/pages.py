@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,31 +22,28 @@ import yaml
 from tdbook import imagenet_cost, papers, reference, status, tables
 from tdbook.claims import load_claims
 from tdbook.figures import benchmarks as figure
-from tdbook.paths import BOOK, BUILD, NOTEBOOKS, RESULTS, ROOT
-from tdbook.records import SCHEMA_VERSION, read_record
+from tdbook.paths import BOOK, BUILD, NOTEBOOKS, OLD_RESULTS, RESULTS, ROOT
+from tdbook.records import read_record
 from tdbook.verdicts import Verdict, judge_all
 
 SRC = BUILD / "src"
 REPOSITORY = "https://github.com/tdlib/tdlib"
 BEGIN, END = "<!-- results:begin (python -m tdbook readme) -->", "<!-- results:end -->"
+OLDER = (
+    "They lack the fingerprint of the starting weights, the settings of method and training, and the sizes "
+    "of the splits; so they are kept apart and feed no verdict. Rules that were changed still read them."
+)
 
 
-def saved_records() -> list[tuple[Path, dict[str, Any]]]:
-    """(file, content) of every record under ``book/results``, by file name, checked."""
-    return [(path, read_record(path)) for path in sorted(RESULTS.rglob("*.json"))]
-
-
-def is_old(record: Mapping[str, Any]) -> bool:
-    """Whether it lacks what a record has to say by now (starting weights, splits, settings): such a one is
-    shown apart and feeds no verdict."""
-    return bool(record["schema"] < SCHEMA_VERSION)
+def saved_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(file, content) of every record in the folder, by file name, checked."""
+    return [(path, read_record(path)) for path in sorted(folder.glob("*.json"))]
 
 
 def verdicts() -> list[Verdict]:
     """The verdict on every claim of ``book/claims.yml``, computed from the committed records."""
-    found = [record for _, record in saved_records()]
-    old = [record for record in found if is_old(record)]
-    return judge_all(load_claims(), [record for record in found if not is_old(record)], old)
+    found, old = ([record for _, record in saved_records(folder)] for folder in (RESULTS, OLD_RESULTS))
+    return judge_all(load_claims(), found, old)
 
 
 def status_tables() -> str:
@@ -55,8 +52,13 @@ def status_tables() -> str:
 
 
 def claims_of(paper: str) -> str:
-    """The same of one paper, for its chapter."""
-    return status.markdown([verdict for verdict in verdicts() if verdict.claim.paper == paper])
+    """The same of one paper, for its chapter, with the chapter's older records folded up below."""
+    mine = [verdict for verdict in verdicts() if verdict.claim.paper == paper]
+    chapters = {verdict.claim.records.chapter for verdict in mine}
+    old = [pair for pair in saved_records(OLD_RESULTS) if pair[1]["chapter"] in chapters]
+    head = "```{admonition} Older records\n:class: dropdown"
+    folded = [f"{head}\n\n{OLDER}\n\n{_table(old)}\n```"] if old else []
+    return "\n\n".join([status.markdown(mine), *folded])
 
 
 def amendments() -> str:
@@ -99,35 +101,27 @@ def _without_empty(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def records() -> str:
     """Every committed record: a table per chapter, and what its scale and device mean; the old ones apart."""
-    found = saved_records()
-    if not found:
-        return "*No record is committed yet.*"
-    new = _chapters([pair for pair in found if not is_old(pair[1])])
-    old = _chapters([pair for pair in found if is_old(pair[1])], level="###")
-    if old:
-        text = "They lack starting weights, settings or sizes of the splits, and feed no verdict."
-        old = ["## Older records", text, *old]
-    return "\n\n".join([*new, *old])
+    new = _chapters(saved_records(RESULTS)) or ["*No record is committed yet.*"]
+    old = _chapters(saved_records(OLD_RESULTS), level="###")
+    return "\n\n".join([*new, *(["## Older records", OLDER, *old] if old else [])])
 
 
 def _chapters(found: list[tuple[Path, dict[str, Any]]], level: str = "##") -> list[str]:
-    parts, chapters = [], dict.fromkeys(record["chapter"] for _, record in found)
-    for chapter in chapters:
-        rows: list[dict[str, Any]] = []
-        scales: dict[str, None] = {}
-        devices: dict[str, None] = {}
-        for path, record in found:
-            if record["chapter"] == chapter:
-                rows.append(_record_row(path, record))
-                scales[record["scale"]] = devices[record["device"]["name"]] = None
-        rows.sort(
-            key=lambda row: tuple(str(row[k]) for k in ("data", "network", "format", "of", "ratio", "method"))
-        )
-        parts.append(f"{level} {chapter}\n\n{tables.markdown(_without_empty(rows))}")
-        explained = [scale for scale in scales if ":" in scale]
-        parts += ["\n".join(f"- *{scale}*" for scale in explained)] if explained else []
-        parts.append(f"Run on: {', '.join(devices)}.")
+    parts: list[str] = []
+    for chapter in dict.fromkeys(record["chapter"] for _, record in found):
+        mine = [(path, record) for path, record in found if record["chapter"] == chapter]
+        parts += [f"{level} {chapter}", _table(mine)]
+        scales = dict.fromkeys(record["scale"] for _, record in mine if ":" in record["scale"])
+        parts += ["\n".join(f"- *{scale}*" for scale in scales)] if scales else []
+        parts.append(f"Run on: {', '.join(dict.fromkeys(record['device']['name'] for _, record in mine))}.")
     return parts
+
+
+def _table(found: list[tuple[Path, dict[str, Any]]]) -> str:
+    rows = [_record_row(path, record) for path, record in found]
+    order = ("data", "network", "format", "of", "ratio", "method")
+    rows.sort(key=lambda row: tuple(str(row[key]) for key in order))
+    return tables.markdown(_without_empty(rows))
 
 
 def queue() -> str:

@@ -9,4 +9,5 @@ BOOK = ROOT / "book"
 NOTEBOOKS = ROOT / "notebooks"
 PAPERS = BOOK / "papers"
 RESULTS = BOOK / "results"
+OLD_RESULTS = RESULTS / "old"  # records that feed no verdict
 BUILD = BOOK / "_build"

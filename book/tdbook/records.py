@@ -182,7 +182,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def records(directory: str | Path = "book/results", chapter: str | None = None) -> pd.DataFrame:
-    """All records under ``directory`` as a pandas DataFrame, oldest first.
+    """All records in ``directory`` (not in folders in it) as a pandas DataFrame, oldest first.
 
     One row each: chapter, created, scale, seed, device, commit, dirty, wall_seconds, data, path, then every
     plain parameter and metric under its name (``metric_NAME`` where a parameter has the same name). Tables
@@ -191,7 +191,7 @@ def records(directory: str | Path = "book/results", chapter: str | None = None) 
     if not Path(directory).is_dir():
         raise DataError(f"{directory} is not a folder of records")
     rows = []
-    for path in sorted(Path(directory).rglob("*.json")):
+    for path in sorted(Path(directory).glob("*.json")):
         content = read_record(path)
         if chapter is None or content["chapter"] == chapter:
             rows.append(_row(path, content))

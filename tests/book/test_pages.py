@@ -13,6 +13,7 @@ import tdlib
 from tdbook import pages, reference, tables
 from tdbook.figures import benchmarks
 from tdbook.paths import ROOT
+from tdbook.records import record
 
 INTRO = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +28,20 @@ def test_markdown_table_keeps_order_and_escapes():
     head, rule, *rows = table.splitlines()
     assert head == "| a | b | n | c |" and set(rule) == {"|", "-"}
     assert rows == ["| 1.235 | x\\|y | 12345 | – |", "| – | – | – | – |"]
+
+
+def test_older_records_are_shown_apart_and_say_what_they_lack(tmp_path, monkeypatch):
+    for folder, name in ((tmp_path, "RESULTS"), (tmp_path / "old", "OLD_RESULTS")):
+        about = {"dataset": f"of {name}", "method": "admm"}
+        record("admm_tt", about, {"test_accuracy": 90.0}, directory=folder, device="cpu")
+        monkeypatch.setattr(pages, name, folder)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    new, old = pages.records().split("## Older records")
+    assert "of RESULTS" in new and "of OLD_RESULTS" not in new
+    assert "of OLD_RESULTS" in old and "of RESULTS" not in old and "feed no verdict" in old
+    chapter = pages.claims_of("admm-tt")
+    assert "of OLD_RESULTS" in chapter[chapter.index("Older records") :] and "of RESULTS" not in chapter
+    assert "Older records" not in pages.claims_of("rstd")
 
 
 def test_the_readme_table_is_up_to_date():
