@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class KernelFormat:
     factors in the norm of a layer's inputs and outputs.
     """
 
-    decomposition: ClassVar[Decomposition]
+    decomposition: Decomposition
 
     def __init__(self, name: str, shape: Sequence[int], options: Mapping[str, Any]) -> None:
         self.name, self.shape = name, tuple(shape)

@@ -75,10 +75,14 @@ def shuffled_plan(
     name = format.removeprefix("shuffled-")
     if name not in FORMATS:
         raise unknown("format of shuffled kernels", format, FORMATS)
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    seeds = {layer: zlib.crc32(f"{seed}/{layer}".encode()) for layer in layers}
     return plan(
         model, tuple(data.input_shape), format=f"shuffled-{name}", ratio=ratio, rule=rule,
         skip=end_layers(model) if skip is None else skip,
-        seed=seeds, shuffle=shuffle, order=order, modes=modes,
+        seed=layer_seeds(model, seed), shuffle=shuffle, order=order, modes=modes,
     )  # fmt: skip
+
+
+def layer_seeds(model: nn.Module, seed: int) -> dict[str, int]:
+    """Layer name -> the seed of its own permutation."""
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return {layer: zlib.crc32(f"{seed}/{layer}".encode()) for layer in layers}

@@ -107,6 +107,18 @@ def test_export_compile_and_counting_are_those_of_a_layer():
     assert (cost.params, cost.macs) == (params + 8, macs)
 
 
+def test_hashed_kernels_are_projected_on_a_random_subspace():
+    layer, bound, module = shuffled("hashed", "3x3", seed=3)
+    weight, (d,) = layer.weight.detach(), middle(bound)
+    rest = weight - bound.project(weight, (d,))
+    inside = to_dense(bound.random(layer, (d,))).detach()
+    assert abs(float((rest * inside).sum())) < 1e-9 and factors(module)["original0"].shape == (d,)
+    shares = inside.abs().flatten().unique(return_counts=True)[1]
+    assert len(shares) == d and shares.max() - shares.min() <= 1
+    plain = inside.flatten()[: 2 * d]
+    assert not torch.equal(plain[:d], -plain[d:])  # entries in random order
+
+
 def test_plans_save_parameters_and_not_macs():
     model = tdlib.models.build("cnn", 10, input_shape=(1, 8, 8))
     for format in ("shuffled-tt", "shuffled-tr", "shuffled-cp", "shuffled-tucker"):
