@@ -45,7 +45,7 @@ class Arm:
     its seconds, images and tables count in every row. finetune: arguments of `train.fit` for the training
     after `run`; none without epochs. trains: `run` itself trains with labels. scratch: it keeps no weight of
     the dense network, so there is no accuracy right after compression. columns: tables -> further columns of
-    the row.
+    the row. about: parameters that its rows and records have beside the others, or otherwise.
     """
 
     run: Callable[..., tuple[nn.Module, Tables]]
@@ -55,6 +55,7 @@ class Arm:
     trains: bool = False
     scratch: bool = False
     columns: Callable[[Tables], dict[str, Any]] = lambda tables: {}
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def experiment(
     cannot reach a ratio has no row there, and says so.
 
     Columns: method (the arm), ratio (the target), by, seed. Accuracies in percent on the test split:
-    dense_test_accuracy, test_accuracy_before (right after the last decomposition),
+    dense_test_accuracy (of the reference), start_test_accuracy (of the dense network that all arms started
+    from), test_accuracy_before (right after the last decomposition),
     test_accuracy_recalibrated (the same with BatchNorm re-estimated on images drawn by the seed),
     test_accuracy_epoch (the same, BatchNorm as it is, after one epoch of fine-tuning; of `epoch` alone),
     test_accuracy (at the end; of the fine-tuning epochs that of the best on validation), test_accuracy_last
@@ -161,7 +163,7 @@ def experiment(
     references: dict[int, Reference] = {}
     began: dict[int, str] = {}  # seed -> fingerprint of the dense network, of this run or of its records
     for seed, ratio, (name, arm) in product(seeds, map(float, ratios), arms.items()):
-        about = {"method": name, "ratio": ratio, "by": by, "seed": seed}
+        about = {"method": name, "ratio": ratio, "by": by, "seed": seed, **arm.about}
         settings = described(arm, same, epoch)
         found = None if recorder is None else recorder.read(about, settings, data)
         if found is None:
@@ -171,7 +173,7 @@ def experiment(
                 network = dense(seed).to(options.get("device"))
                 results.dense[seed] = network
                 compared = network if reference is None else reference(network, seed)
-                references[seed] = Reference(compared, *_answers(compared, data, options.get("device")))
+                references[seed] = Reference.of(compared, network, data, options.get("device"))
             start_weights = fingerprint(results.dense[seed])
             decisive = {**about, "settings": described(arm, same), "data": data.fingerprint}
             decisive["start"] = start_weights
@@ -225,11 +227,20 @@ def _start(arm: Arm, dense: nn.Module, data: Bundle, options: dict[str, Any]) ->
 
 @dataclass(frozen=True)
 class Reference:
-    """The network that rows are compared with; its outputs on the test split, and the labels there."""
+    """The network that rows are compared with; its outputs on the test split, and the labels there. start:
+    accuracy there, in percent, of the network that all arms start from."""
 
     network: nn.Module
     logits: Tensor
     labels: Tensor
+    start: float
+
+    @classmethod
+    def of(cls, network: nn.Module, dense: nn.Module, data: Bundle, device: Any) -> Reference:
+        """Both networks measured; they may be the same."""
+        outputs, labels = _answers(network, data, device)
+        first = outputs if network is dense else _answers(dense, data, device)[0]
+        return cls(network, outputs, labels, _percent(first.argmax(1) == labels))
 
     def accuracy(self, outputs: Tensor) -> float:
         """Of outputs on the test split, in percent."""
@@ -293,6 +304,7 @@ def _run(
     whole = tdlib.compare(reference.network, small, data.input_shape, repeats=5).whole
     row = {
         "dense_test_accuracy": reference.accuracy(reference.logits),
+        "start_test_accuracy": reference.start,
         **measured,
         "test_accuracy": reference.accuracy(outputs),
         "test_accuracy_last": last,

@@ -24,7 +24,7 @@ NAMES = {
     "tr": ("TR", PINK), "svd": ("SVD", SKY), "tt-matrix": ("TT-matrix", PURPLE),
     # methods
     "direct": ("direct", SKY), "one-shot": ("one-shot", SKY), "scratch": ("from scratch", ORANGE),
-    "early": ("decomposed early", PURPLE), "admm": ("ADMM", BLUE), "admm-tt": ("ADMM-TT", BLUE),
+    "early": ("decomposed early", GREEN), "admm": ("ADMM", BLUE), "admm-tt": ("ADMM-TT", BLUE),
     "iterative": ("iterative", GREEN), "rstd": ("RsTD", PINK),
     "distribution-aware": ("distribution-aware", RED),
     "σ (paper)": ("Σ (paper)", RED),

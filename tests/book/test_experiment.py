@@ -19,7 +19,8 @@ from tdlib.network import fingerprint
 TRAINING = {"device": "cpu", "batch_size": 16}
 TUNED = {"epochs": 2, "lr": 0.01}
 ALWAYS = {
-    "method", "ratio", "by", "seed", "dense_test_accuracy", "test_accuracy", "test_accuracy_last",
+    "method", "ratio", "by", "seed", "dense_test_accuracy", "start_test_accuracy", "test_accuracy",
+    "test_accuracy_last",
     "val_accuracy", "agreement", "kl", "n", "params_ratio", "macs_ratio", "speedup", "seconds", "images",
     "labels", "epochs",
 }  # fmt: skip
