@@ -47,8 +47,9 @@ def verdicts() -> list[Verdict]:
 
 
 def status_tables() -> str:
-    """The tables "Reproduction status": all claims."""
-    return status.markdown(verdicts())
+    """The tables "Reproduction status": all claims, after a line with the number of verdicts of each kind."""
+    found = verdicts()
+    return f"{status.counts(found)}\n\n{status.markdown(found)}"
 
 
 def claims_of(paper: str) -> str:

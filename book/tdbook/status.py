@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -9,7 +10,16 @@ from typing import Any
 from tdbook import papers, style, tables
 from tdbook.claims import Claim, Reported
 from tdbook.former import Former, Reading
-from tdbook.verdicts import NOT_REPRODUCED, NOT_RUN, PARTLY, REPRODUCED, Finding, Verdict, spelt
+from tdbook.verdicts import (
+    INCONCLUSIVE,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    PARTLY,
+    REPRODUCED,
+    Finding,
+    Verdict,
+    spelt,
+)
 
 #: How the verdicts are called where a claim is the book's own.
 _OWN = {REPRODUCED: "holds", PARTLY: "holds in part", NOT_REPRODUCED: "does not hold"}
@@ -31,16 +41,31 @@ _WORDS = {
 }  # fmt: skip
 
 
+
 def markdown(verdicts: Sequence[Verdict]) -> str:
     """All claims, those of the abstracts first, a row for each setting; settings not run share one."""
     parts = []
     for kind, heading in _HEADINGS.items():
         rows = [row for rows in _by_claim(verdicts) if _kind(rows[0].claim) is kind for row in _rows(rows)]
         if rows:
-            used = {name for row in rows for name, value in row.items() if value is not None}
-            shown = [{name: value for name, value in row.items() if name in used} for row in rows]
-            parts.append(f"**{heading}**\n\n{tables.markdown(shown)}")
+            parts.append(f"**{heading}**\n\n{tables.markdown(rows)}")
     return "\n\n".join(parts)
+
+
+def counts(verdicts: Sequence[Verdict]) -> str:
+    """How many verdicts there are of each kind, as a sentence for the papers' claims and one for our own."""
+    lines = []
+    kinds = (REPRODUCED, PARTLY, NOT_REPRODUCED, INCONCLUSIVE, NOT_RUN)
+    for whose, own in (("of the papers", False), ("of the book's own", True)):
+        mine = [one for one in verdicts if (one.claim.paper is None) is own]
+        claims, found = len(_by_claim(mine)), Counter(one.verdict for one in mine)
+        said = ", ".join(f"{_OWN.get(kind, kind) if own else kind} {found[kind]}" for kind in kinds)
+        lines.append(f"{_number(claims, 'claim')} {whose} in {_number(len(mine), 'setting')}: {said}.")
+    return " ".join(lines)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def amendments(verdicts: Sequence[Verdict]) -> str:
@@ -62,37 +87,58 @@ def _kind(claim: Claim) -> bool | None:
     return claim.headline if claim.paper else None
 
 
-def _rows(verdicts: list[Verdict]) -> list[dict[str, Any]]:
-    """The rows of one claim; it is named in the first."""
+def _rows(verdicts: list[Verdict]) -> list[dict[str, str]]:
+    """The rows of one claim; it is named in the first, which says also what former rules say."""
     open_ = [v for v in verdicts if v.verdict == NOT_RUN and v.reduced is None]
     run = [[v] for v in verdicts if v not in open_]
     rows = [_row(group) for group in [*run, *([open_] if open_ else [])]]
-    again = {"Paper": "″", "Claim": "″", "Reported": "″"}
-    former = [_former(a.was, was) for a, was in verdicts[0].former]
-    said = "; ".join(former) if any(was.mean is not None for _, was in verdicts[0].former) else None
-    for i, row in enumerate(rows):
-        if i:
-            row |= {name: again[name] for name in again if row[name] is not None}
-        row["By former rules"] = said if i == 0 or said is None else "″"
+    said = [(change.was, was) for change, was in verdicts[0].former if was.mean is not None]
+    former = [f"by a former rule: {_former(*one)}" for one in said]
+    rows[0]["Verdict"] = _lines(rows[0]["Verdict"], *former)
+    for row in rows[1:]:
+        row["Claim"] = "″"
     return rows
 
 
-def _row(verdicts: list[Verdict]) -> dict[str, Any]:
+def _row(verdicts: list[Verdict]) -> dict[str, str]:
     """A row; of several verdicts, none of which was run."""
     first = verdicts[0]
-    claim, found, unit = first.claim, first.found, first.claim.measure.unit
-    paper = papers.load(claim.paper) if claim.paper else None
+    claim, found = first.claim, first.found
     return {
-        "Paper": f"{paper.authors.split(',')[0]} et al., {paper.venue}" if paper else None,
-        "Claim": claim.claim,
-        "Reported": _reported(claim.reported) if claim.reported else None,
-        "Setting": settings([v.setting for v in verdicts]),
-        "Runs": _runs(found),
-        "Both sides": _sides(found, unit),
-        "Difference": _difference(found, claim),
-        "Verdict": _verdict(found, claim),
-        "Reduced runs, no verdict": _reduced(first.reduced, claim),
+        "Claim": _lines(claim.claim, _stated(claim), _rule(claim)),
+        "Setting and runs": _lines(settings([v.setting for v in verdicts]), _runs(found)),
+        "Measured": _lines(_difference(found, claim), _sides(found, claim.measure.unit)),
+        "Verdict": _lines(_verdict(found, claim), _reduced(first.reduced, claim)),
     }
+
+
+def _lines(*texts: str | None) -> str:
+    return "<br>".join(filter(None, texts))
+
+
+def _stated(claim: Claim) -> str | None:
+    """What the paper says of it: "*Yin et al., CVPR 2021: +1.96 points*"."""
+    if claim.paper is None or claim.reported is None:
+        return None
+    paper = papers.load(claim.paper)
+    return f"*{paper.authors.split(',')[0]} et al., {paper.venue}: {_reported(claim.reported)}*"
+
+
+def _rule(claim: Claim) -> str:
+    """Where the verdicts begin: "rule: reproduced from +1, partly from 0 points"."""
+    bounds = {REPRODUCED: claim.rule.reproduced, PARTLY: claim.rule.partly}
+    sign = "" if claim.measure.unit == "×" else "+"
+    parts = [f"{_called(kind, claim)} from {_signed(bound, sign)}" for kind, bound in bounds.items()]
+    return f"rule: {', '.join(parts)} {claim.measure.unit}"
+
+
+def _signed(value: float, sign: str = "+") -> str:
+    return f"{value:{sign}g}" if value else "0"
+
+
+def _called(kind: str, claim: Claim) -> str:
+    """A verdict's name: a claim of our own holds, or does not."""
+    return kind if claim.paper else _OWN.get(kind, kind)
 
 
 def settings(wheres: Sequence[Mapping[str, Any]]) -> str:
@@ -115,16 +161,16 @@ def _word(name: str) -> str:
 def _reported(reported: Reported) -> str:
     mark = papers.MARKS[reported.mark]
     if reported.value is not None:
-        return f"{reported.value:+g} {reported.unit}{mark}"
+        return f"{_signed(reported.value)} {reported.unit}{mark}"
     return f"{reported.text}{mark.replace(' reported', ', reported')}"
 
 
 def _runs(found: Finding) -> str | None:
-    """Scale and numbers: "full; 3 seeds, 10000 test images"."""
+    """Scale and numbers: "full; 3 seeds, 10,000 images measured"."""
     if found.reading == NOT_RUN:
         return None
-    numbers = [f"{found.seeds} seed{'s' if found.seeds != 1 else ''}"]
-    numbers += [f"{found.images} test images"] if found.images is not None else []
+    numbers = [_number(found.seeds, "seed")]
+    numbers += [f"{found.images:,} images measured"] if found.images is not None else []
     return f"{' / '.join(found.scales)}; {', '.join(numbers)}"
 
 
@@ -152,16 +198,16 @@ def _difference(found: Finding, claim: Claim) -> str | None:
 
 
 def _verdict(found: Finding, claim: Claim) -> str:
-    word = found.reading if claim.paper else _OWN.get(found.reading, found.reading)
-    return f"**{word}**" + (f": {'; '.join(found.why)}" if found.why else "")
+    return f"**{_called(found.reading, claim)}**" + (f": {'; '.join(found.why)}" if found.why else "")
 
 
 def _reduced(found: Finding | None, claim: Claim) -> str | None:
-    """What reduced runs say, after their scale: "reduced: 9 epochs; 2 seeds: +0.20 points: inconclusive"."""
+    """What reduced runs say: "no verdict, reduced: 9 epochs; 2 seeds: +0.20 points: inconclusive"."""
     if found is None:
         return None
     figures = ", ".join(filter(None, [_difference(found, claim), _sides(found, claim.measure.unit)]))
-    return ": ".join(filter(None, [_runs(found), figures, "; ".join([found.reading, *found.why])]))
+    read = "; ".join([found.reading, *found.why])
+    return f"no verdict, {': '.join(filter(None, [_runs(found), figures, read]))}"
 
 
 def _former(rule: Former, read: Reading) -> str:

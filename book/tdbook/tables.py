@@ -18,7 +18,9 @@ COLUMNS = {
 def markdown(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> str:
     """Rows as a markdown table: columns in order of appearance, four digits, a dash for what is missing."""
     frame = pd.DataFrame(rows if isinstance(rows, pd.DataFrame) else list(rows), dtype=object)
-    return frame.map(_cell).to_markdown(index=False, stralign=None, disable_numparse=True)
+    lines = [map(str, frame.columns), *frame.map(_cell).itertuples(index=False)] if len(frame.columns) else []
+    head, *body = [f"| {' | '.join(line)} |" for line in lines] or [""]
+    return "\n".join([head, f"|{'---|' * len(frame.columns)}", *body]) if head else ""
 
 
 def _cell(value: Any) -> str:

@@ -102,11 +102,11 @@ def test_every_claim_is_shown_those_of_abstracts_first_and_marks_unverified_figu
     text = status.markdown(verdicts.judge_all(ledger, []))
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     for entry in ledger:
-        (row,) = [line for line in rows if f"| {entry.claim} |" in line]
+        (row,) = [line for line in rows if f"| {entry.claim}<br>" in line]
         assert ("unverified" in row) == (entry.reported is not None and entry.reported.mark == "M")
         assert "**not run yet**" in row
     order = [
-        text.index(f"| {e.claim} |") for e in sorted(ledger, key=lambda e: (not e.headline, not e.paper))
+        text.index(f"| {e.claim}<br>") for e in sorted(ledger, key=lambda e: (not e.headline, not e.paper))
     ]
     assert order == sorted(order)
 

@@ -185,7 +185,7 @@ def test_reduced_runs_are_shown_and_are_never_the_verdict():
     both = one(claim(), pairs([2.0, 2.1, 2.2], profile="reduced") + pairs([-2.0, -2.1]))
     assert both.verdict == "not reproduced" and both.reduced.mean == pytest.approx(2.1)
     text = status.markdown([both])
-    assert "reduced: less; 3 seeds, 1000 test images: +2.10" in text and "**not reproduced**" in text
+    assert "reduced: less; 3 seeds, 1,000 images measured: +2.10" in text and "**not reproduced**" in text
     assert one(claim(), pairs([2.0, 2.1, 2.2], profile="quick")).reduced is None
 
 
@@ -221,9 +221,21 @@ def test_a_rule_younger_than_its_runs_says_so():
 
 def test_a_row_shows_setting_scale_numbers_both_sides_and_the_interval():
     text = status.markdown([one(claim(), pairs([2.0, 2.1, 2.2]))])
-    for part in ("CIFAR-10, ResNet-20, TT, 2× parameters", "full; 3 seeds, 1000 test images",
+    for part in ("CIFAR-10, ResNet-20, TT, 2× parameters", "full; 3 seeds, 1,000 images measured",
                  "62.10 % against 60.00 %", "+2.10 [+1.85; +2.35] points", "**reproduced**"):  # fmt: skip
         assert part in text
+
+
+def test_verdicts_are_counted_by_kind_those_of_the_book_apart():
+    fields = {k: v for k, v in claim().model_dump().items() if k not in ("paper", "reported")}
+    ours = one(Claim.model_validate(fields), pairs([-2.0, -2.1]))
+    open_ = verdicts.judge(claim(each=[{"ratio": 2.0}, {"ratio": 4.0}]), [])
+    papers, book = status.counts([one(claim(), pairs([2.0, 2.1])), *open_, ours]).split(". ")
+    assert papers.endswith(
+        "in 3 settings: reproduced 1, partly 0, not reproduced 0, inconclusive 0, not run yet 2"
+    )
+    assert book.startswith("1 claim of the book's own in 1 setting: holds 0, holds in part 0, does not")
+    assert "rule: holds from +" in status.markdown([ours])
 
 
 def test_settings_that_were_not_run_share_a_row():
