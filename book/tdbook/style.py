@@ -25,7 +25,8 @@ NAMES = {
     # methods
     "direct": ("direct", SKY), "one-shot": ("one-shot", SKY), "scratch": ("from scratch", ORANGE),
     "early": ("decomposed early", GREEN), "admm": ("ADMM", BLUE), "admm-tt": ("ADMM-TT", BLUE),
-    "iterative": ("iterative", GREEN), "rstd": ("RsTD", PINK),
+    "iterative": ("iterative", GREEN), "one schedule": ("iterative, one schedule", PURPLE),
+    "rstd": ("RsTD", PINK),
     "distribution-aware": ("distribution-aware", RED),
     "σ (paper)": ("Σ (paper)", RED),
     "σ + harm + sequence (ours)": ("Σ + harm + sequence (ours)", PURPLE),

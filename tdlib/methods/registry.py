@@ -79,7 +79,7 @@ METHODS: dict[str, Method] = {
     ),
     "iterative": Method(
         "tdlib.methods.iterative:iterative",
-        "Gusak et al., ICCVW 2019; cores orthogonalised (ours)", ("tucker2", "cp"),
+        "Gusak et al., ICCVW 2019; to a budget, not in a number of passes (ours)", ("tucker2", "cp"),
         training="fine-tuning after every step", ratio="reached step by step, stops at the target",
         planner="tdlib.methods.iterative:goal",
     ),

@@ -3,7 +3,10 @@
 Two rules of Gusak et al., ICCV Workshops 2019 (arXiv 1903.09973), for a mode whose extent is R now:
 
     "vbmf"  r = R - w (R - r_v),  r_v the rank that EVBMF finds in the unfolding, weakening w in (0, 1]    (1)
-    "nx"    r_in, r_out = b r_in  with r_in I + r_in r_out K + r_out O = (parameters now) / x              (2)
+    "nx"    r_in, r_out = b r_in  with r_in I + r_in r_out K + r_out O = (parameters now) / x,             (2)
+            b = max(0.8 O / I, 1)
+
+None falls below a lower bound (`lowest`).
 
 A *choice* maps layer names to ranks, None meaning that the layer is dense (see `budget`).
 """
@@ -41,9 +44,19 @@ def tucker_ranks(shape: Sequence[int], params: float, coupling: float) -> Ranks:
     return max(1, int(coupling * r_in)), max(1, int(r_in))
 
 
-def coupling_of(shape: Sequence[int], now: Ranks | None) -> float:
-    """r_out / r_in that (2) keeps: the paper's for a dense kernel, later that of the ranks the layer has."""
-    return now[0] / now[1] if now else max(0.8 * shape[0] / shape[1], 1.0)
+def coupling_of(shape: Sequence[int]) -> float:
+    """b = r_out / r_in of (2)."""
+    return max(0.8 * shape[0] / shape[1], 1.0)
+
+
+def lowest(site: Candidate, least: int | None) -> Ranks:
+    """The ranks below which a layer is not taken: `least`, or its full rank where that is less.
+
+    None: those of the authors' code, 8 for Tucker-2 and linear layers, 2 for CP and 1×1 convolutions (the 21
+    of its `weaken_rank` is a default that all its layers override).
+    """
+    small = 2 if kind_of(site.kernel.shape) != "linear" and len(site.bounds) == 1 else 8
+    return tuple(min(small if least is None else least, bound) for bound in site.bounds)
 
 
 def sizes_of(site: Candidate, now: Ranks | None) -> Ranks:
@@ -63,21 +76,27 @@ def found_by_evbmf(site: Candidate, core: Tensor) -> Ranks:
 
 
 def next_ranks(
-    site: Candidate, now: Ranks | None, core: Tensor, rule: str, weakening: float, factor: float, least: int
+    site: Candidate,
+    now: Ranks | None,
+    core: Tensor,
+    rule: str,
+    weakening: float,
+    factor: float,
+    least: int | None,
 ) -> Ranks:
     """Ranks of one layer one step on by (1) or (2). core: the kernel, or what is decomposed again of its
     chain.
     """
-    sizes = sizes_of(site, now)
+    sizes, low = sizes_of(site, now), lowest(site, least)
     if rule == "vbmf":
         found = found_by_evbmf(site, core)
-        return tuple(weaken(size, rank, weakening, least) for size, rank in zip(sizes, found, strict=True))
+        return tuple(weaken(n, rank, weakening, m) for n, rank, m in zip(sizes, found, low, strict=True))
     params = site.both(now)[0] / factor
     if len(sizes) == 1:
         ranks: Ranks = (int(params / site.both((1,))[0]),)
     else:
-        ranks = tucker_ranks(site.kernel.shape, params, coupling_of(site.kernel.shape, now))
-    return tuple(min(size, max(least, rank)) for size, rank in zip(sizes, ranks, strict=True))
+        ranks = tucker_ranks(site.kernel.shape, params, coupling_of(site.kernel.shape))
+    return tuple(min(size, max(rank, m)) for size, rank, m in zip(sizes, ranks, low, strict=True))
 
 
 def accept(sites: Sequence[Candidate], now: Choice, wanted: Mapping[str, Ranks | None]) -> Choice:
@@ -111,25 +130,31 @@ def trim(sites: Sequence[Candidate], now: Choice, wanted: Choice, budget: Budget
         best = closest
 
 
-def check_reachable(sites: Sequence[Candidate], budget: Budget, least: int) -> None:
+def check_reachable(sites: Sequence[Candidate], budget: Budget, least: int | None) -> None:
     """Raises BudgetError, naming the best reachable ratio, where ranks of at least `least` cannot meet the
     budget.
     """
     dense: Choice = dict.fromkeys((s.name for s in sites), None)
-    lowest = accept(sites, dense, {s.name: tuple(min(least, b) for b in s.bounds) for s in sites})
-    best = budget.ratio_of(spent(sites, lowest))
+    bottom = accept(sites, dense, {s.name: lowest(s, least) for s in sites})
+    best = budget.ratio_of(spent(sites, bottom))
     if best < budget.ratio * 0.98:
+        bound = "8 (CP and 1×1 convolutions: 2), the authors' bounds" if least is None else least
+        lower = "give lower ones, as in `least=2`" if least is None else "lower `least`"
         raise BudgetError(
-            f"a ratio of {budget.ratio:g} in {budget.by} cannot be reached with ranks of at least {least}: "
-            f"the best is {math.floor(1000 * best) / 1000}; ask for less, lower `least`, or skip fewer layers"
+            f"a ratio of {budget.ratio:g} in {budget.by} cannot be reached with ranks of at least {bound}: "
+            f"the best is {math.floor(1000 * best) / 1000}; ask for less, {lower}, or skip fewer layers"
         )
 
 
-def check_rule(rule: str, weakening: float, factor: float, least: int) -> None:
-    """Raises UnknownName or TdlibError for settings with which no pass would make progress."""
+def check_rule(rule: str, weakening: float | None, factor: float, least: int | None) -> None:
+    """Raises UnknownName or TdlibError for settings with which no pass would make progress, or that the rule
+    would ignore.
+    """
     if rule not in RULES:
         raise unknown("rank rule", rule, RULES)
-    if not 0 < weakening <= 1 or factor <= 1 or least < 1:
+    if weakening is not None and rule != "vbmf":
+        raise TdlibError(f"weakening={weakening} belongs to rule 'vbmf' and would be ignored by {rule!r}")
+    if (weakening is not None and not 0 < weakening <= 1) or factor <= 1 or (least is not None and least < 1):
         raise TdlibError(
             "need 0 < weakening <= 1, factor > 1 and least >= 1, "
             f"got weakening={weakening}, factor={factor}, least={least}"

@@ -115,6 +115,24 @@ def accuracies(model: nn.Module, data: Bundle, device: str | torch.device | None
     return {split: evaluate(model, data, split, device=device)["accuracy"] for split in splits}
 
 
+def reestimate_batchnorm(
+    model: nn.Module,
+    data: Bundle,
+    device: str | torch.device | None = None,
+    images: int = 2000,
+    seed: int = 0,
+) -> None:
+    """Take the statistics of BatchNorm anew, in place, from (at most) `images` training images, drawn by
+    `seed`; without BatchNorm nothing is done. The model is moved to the device, if one is given.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if any(norm.track_running_stats for norm in norms):
+        place = device if device is not None else next(model.parameters()).device
+        size = min(256, images, len(data.train))
+        batches = data.batches("train", size, device=place, seed=seed)
+        recalibrate_batchnorm(model.to(place), (x for x, _ in islice(batches, images // size)))
+
+
 def recalibrated(
     model: nn.Module,
     data: Bundle,
@@ -122,19 +140,13 @@ def recalibrated(
     images: int = 2000,
     seed: int = 0,
 ) -> nn.Module:
-    """A copy whose BatchNorm statistics are taken anew from (at most) ``images`` training images, drawn by
-    ``seed``.
+    """A copy after `reestimate_batchnorm`.
 
     Right after a decomposition the old statistics alone can hold a network at chance; with fresh ones its
-    accuracy says what the weights still know. Without BatchNorm an equal copy.
+    accuracy says what the weights still know.
     """
     fresh = copy.deepcopy(model)
-    norms = [m for m in fresh.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if any(norm.track_running_stats for norm in norms):
-        place = device if device is not None else next(fresh.parameters()).device
-        size = min(256, images, len(data.train))
-        batches = data.batches("train", size, device=place, seed=seed)
-        recalibrate_batchnorm(fresh.to(place), (x for x, _ in islice(batches, images // size)))
+    reestimate_batchnorm(fresh, data, device, images, seed)
     return fresh
 
 

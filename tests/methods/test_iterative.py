@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,12 @@ import tdlib
 from tdlib.decompositions.tucker import tucker2
 from tdlib.errors import BudgetError, NonFiniteError, TdlibError, UnknownName
 from tdlib.formats import get_format, to_dense
-from tdlib.methods.iterative import Site, goal, groups_of, iterative
+from tdlib.methods.iterative import Site, goal, iterative
 from tdlib.planning import Plan
 from tdlib.planning.budget import make_budget, spent
 from tdlib.planning.candidates import candidates
-from tdlib.planning.shrinking import accept, coupling_of, next_ranks, trim, tucker_ranks, weaken
-from tdlib.train import evaluate, recalibrated
+from tdlib.planning.shrinking import accept, coupling_of, lowest, next_ranks, trim, tucker_ranks, weaken
+from tdlib.train import evaluate, learning_rate, recalibrated, reestimate_batchnorm
 
 TRAINING = {"batch_size": 64, "device": "cpu", "progress": False}
 
@@ -58,7 +60,7 @@ def test_weakening(size, found, weakening, least, expected) -> None:
 @pytest.mark.parametrize("factor", [1.5, 3.0])
 def test_constant_reduction_solves_its_quadratic(shape, factor) -> None:
     bound, most = get_format("tucker2").bind(shape), math.prod(shape) / factor
-    beta = coupling_of(shape, None)
+    beta = coupling_of(shape)
     r_out, r_in = tucker_ranks(shape, most, beta)
     assert bound.cost((r_out, r_in))[0] <= most
     assert bound.cost((math.ceil(beta * (r_in + 1)) + 1, r_in + 1))[0] > most
@@ -92,9 +94,21 @@ def test_the_last_pass_is_trimmed_to_the_budget(by, ratio, digits) -> None:
         assert all(a <= b for a, b in zip(ranks, choice[name] or ranks, strict=True))
 
 
-def test_groups_start_at_the_end_of_the_network() -> None:
-    assert groups_of("abcde", 2) == [["e", "d"], ["c", "b"], ["a"]]
-    assert groups_of("abc", None) == [["c", "b", "a"]]
+@pytest.mark.parametrize(
+    ("format", "shape", "published", "of_three"),
+    [
+        ("tucker2", (64, 32, 3, 3), (8, 8), (3, 3)),
+        ("tucker2", (16, 4, 3, 3), (8, 4), (3, 3)),  # no more than the full rank
+        ("tucker2", (64, 32, 1, 1), (2,), (3,)),
+        ("tucker2", (10, 64), (8,), (3,)),
+        ("cp", (64, 32, 3, 3), (2,), (3,)),
+    ],
+)
+def test_the_lowest_ranks_are_those_of_the_authors_code(format, shape, published, of_three) -> None:
+    site = SimpleNamespace(kernel=get_format(format).bind(shape))
+    site.bounds = site.kernel.bounds
+    assert lowest(site, None) == published
+    assert lowest(site, 3) == of_three
 
 
 # -- shrinking a chain
@@ -108,7 +122,7 @@ CHAINS = [
 ]
 
 
-def site(layer: nn.Module, first: tuple[int, ...], orthogonal: bool = True) -> Site:
+def site(layer: nn.Module, first: tuple[int, ...], orthogonal: bool) -> Site:
     """The layer decomposed at `first` and then changed as by fine-tuning: outer factors not orthonormal."""
     candidate = SimpleNamespace(name="layer", kernel=get_format("tucker2").bind(layer.weight.shape))
     found = Site(candidate, layer, orthogonal)
@@ -124,7 +138,7 @@ def site(layer: nn.Module, first: tuple[int, ...], orthogonal: bool = True) -> S
 def test_shrinking_again_is_the_projection_of_the_kernel_as_fine_tuned(make, first, second) -> None:
     torch.manual_seed(0)
     layer = make()
-    found, published = site(layer, first), site(layer, first, orthogonal=False)
+    found, published = site(layer, first, orthogonal=True), site(layer, first, orthogonal=False)
     bound, before = found.candidate.kernel, found.module
     kernel, bias = to_dense(before).detach(), before[-1].bias
     torch.testing.assert_close(to_dense(found.shrink(first)), kernel, atol=1e-5, rtol=1e-4)
@@ -164,12 +178,12 @@ def test_a_cp_chain_is_fitted_to_its_kernel() -> None:
     [("tucker2", "nx", "macs", 4.0), ("tucker2", "vbmf", "params", 3.0), ("cp", "nx", "macs", 2.0)],
 )
 def test_the_way_to_the_budget(format, rule, by, ratio, digits, trained, tmp_path) -> None:
-    plan, seen = goal(trained, digits, ratio=ratio, by=by, format=format), []
+    plan, seen = goal(trained, digits, ratio=ratio, by=by, format=format, least=2), []
 
     def look(network: nn.Module) -> None:
         seen.append(tdlib.count(network, digits.input_shape).by(by))
 
-    settings = {"rule": rule, "stage_epochs": 1, "group_size": 2, "on_decomposed": look}
+    settings = {"rule": rule, "stage_epochs": 1, "least": 2, "group_size": 2, "on_decomposed": look}
     small, tables = iterative(trained, digits, plan, **settings, **TRAINING)
     dense, cost = (tdlib.count(m, digits.input_shape) for m in (trained, small))
     assert dense.by(by) / cost.by(by) == pytest.approx(plan.ratio, rel=0.02)
@@ -192,7 +206,7 @@ def test_the_way_to_the_budget(format, rule, by, ratio, digits, trained, tmp_pat
     assert [stage["ratio"] for stage in stages] == pytest.approx([dense.by(by) / cost for cost in seen])
     assert len(tables["finetune"]) == sum(stage["epochs"] for stage in stages) == len(stages)
     if rule == "nx" and format == "tucker2":
-        assert [s["layers"] for s in stages if s["pass"] == 1] == [["conv4", "conv3"], ["conv2"]]
+        assert [s["layers"] for s in stages if s["pass"] == 1] == [["conv2", "conv3"], ["conv4"]]
 
     tdlib.save(small, tmp_path / "small.safetensors")
     x = torch.randn(3, *digits.input_shape)
@@ -203,7 +217,7 @@ def test_the_way_to_the_budget(format, rule, by, ratio, digits, trained, tmp_pat
 
 def test_fine_tuning_stops_early_and_keeps_its_best_epoch(digits, trained) -> None:
     plan = goal(trained, digits, ratio=2.0, by="macs")
-    settings = {"rule": "nx", "stage_epochs": 20, "patience": 2, "stage_lr": 0.2, "schedule": "constant"}
+    settings = {"rule": "nx", "stage_epochs": 20, "patience": 2, "stage_lr": 0.5, "schedule": "constant"}
     small, tables = iterative(trained, digits, plan, **settings, **TRAINING)
     lost = []
     for stage in tables["stages"]:
@@ -216,6 +230,31 @@ def test_fine_tuning_stops_early_and_keeps_its_best_epoch(digits, trained) -> No
     assert [row["epoch"] for row in tables["finetune"]] == list(range(len(tables["finetune"])))
 
 
+def test_one_schedule_goes_on_over_all_passes(digits, trained) -> None:
+    plan = goal(trained, digits, ratio=4.0, by="macs", least=2)
+    settings = {"rule": "nx", "factor": 2.0, "least": 2, "stage_epochs": 1, "stage_lr": 0.02}
+    tables = iterative(trained, digits, plan, one_schedule=True, **settings, **TRAINING)[1]
+    stages, steps = len(tables["stages"]), digits.steps("train", 64, drop_last=True)
+    ends = [learning_rate(k + 1 - 1 / steps, base=0.02, epochs=stages) for k in range(stages)]
+    assert stages > 1 and [row["lr"] for row in tables["finetune"]] == pytest.approx(ends)
+
+
+def test_fine_tuning_starts_with_fresh_batchnorm_statistics(digits, trained) -> None:
+    plan = goal(trained, digits, ratio=4.0, by="macs", least=2)
+    decomposed: list[nn.Module] = []
+    settings: dict[str, Any] = {"rule": "nx", "factor": 10.0, "stage_epochs": 0, "least": 2, "seed": 3}
+    settings["on_decomposed"] = lambda network: decomposed.append(deepcopy(network))
+    settings |= TRAINING
+    fresh, kept = (iterative(trained, digits, plan, batchnorm=on, **settings) for on in (True, False))
+    assert len(decomposed) == 2  # one step each, seen before the statistics are touched
+    for network in (*decomposed, kept[0]):
+        assert torch.equal(network.bn2.running_mean, trained.bn2.running_mean)
+    reestimate_batchnorm(decomposed[0], digits, seed=3)
+    torch.testing.assert_close(fresh[0].bn2.running_mean, decomposed[0].bn2.running_mean)
+    assert not torch.equal(fresh[0].bn2.running_mean, trained.bn2.running_mean)
+    assert fresh[1]["stages"][-1]["val_before"] > kept[1]["stages"][-1]["val_before"]
+
+
 def test_the_same_seed_gives_the_same_network(digits, trained) -> None:
     plan = goal(trained, digits, ratio=2.0, by="macs")
     runs = [iterative(trained, digits, plan, rule="nx", stage_epochs=1, **TRAINING)[0] for _ in range(2)]
@@ -224,8 +263,8 @@ def test_the_same_seed_gives_the_same_network(digits, trained) -> None:
 
 def test_biases_and_linear_layers_go_along(digits) -> None:
     model = net(digits, "lstm").eval()
-    plan = goal(model, digits, ratio=1.5, skip=())
-    small, tables = iterative(model, digits, plan, rule="nx", stage_epochs=0, **TRAINING)
+    plan = goal(model, digits, ratio=1.5, skip=(), least=2)
+    small, tables = iterative(model, digits, plan, rule="nx", stage_epochs=0, least=2, **TRAINING)
     assert list(plan) and all(isinstance(small.get_submodule(name), nn.Sequential) for name in plan)
     torch.testing.assert_close(small.input_to_hidden[-1].bias, model.input_to_hidden.bias)
     assert tables["finetune"] == [] and all(s["val_before"] == s["val_after"] for s in tables["stages"])
@@ -235,7 +274,10 @@ def test_biases_and_linear_layers_go_along(digits) -> None:
     ("goals", "settings", "error", "message"),
     [
         ({"ratio": 400.0}, {}, BudgetError, "reach"),
-        ({"ratio": 12.0}, {"least": 12}, BudgetError, "least"),
+        ({"ratio": 12.0, "least": 12}, {}, BudgetError, "lower `least`"),
+        ({"ratio": 12.0}, {}, BudgetError, "the authors' bounds.*least=2"),
+        ({"ratio": 2.0}, {"rule": "nx", "weakening": 0.5}, TdlibError, "ignored"),
+        ({"ratio": 2.0}, {"one_schedule": True}, TdlibError, "beforehand"),
         ({"ratio": 2.0}, {"rule": "best"}, UnknownName, "vbmf"),
         ({"ratio": 2.0, "format": "tt"}, {}, UnknownName, "tucker2"),
         ({"ratio": 2.0}, {"patience": 0}, TdlibError, "patience"),
@@ -267,9 +309,9 @@ def test_non_finite_weights_name_their_layer(digits) -> None:
 
 def test_the_last_step_keeps_far_more_than_decomposing_at_once(digits, trained) -> None:
     """Right after the last decomposition, with fresh BatchNorm statistics, at equal ranks."""
-    plan, after_step = goal(trained, digits, ratio=4.0, by="macs"), []
+    plan, after_step = goal(trained, digits, ratio=4.0, by="macs", least=2), []
     small, _ = iterative(
-        trained, digits, plan, rule="nx", stage_epochs=3, patience=2, stage_lr=0.03,
+        trained, digits, plan, rule="nx", least=2, stage_epochs=3, patience=2, stage_lr=0.03,
         on_decomposed=lambda network: after_step.append(fresh_accuracy(network, digits)), **TRAINING,
     )  # fmt: skip
     once = tdlib.decompose(trained, Plan.from_dict(tdlib.provenance(small).plan))
