@@ -87,7 +87,7 @@ def test_a_row_for_each_arm_ratio_and_seed_with_what_it_kept_and_cost(run, plan,
 
 def test_images_labels_and_epochs_are_counted(run, plan, data):
     aware = partial(distribution_aware, samples=30)
-    trained = partial(iterative, stage_epochs=1)
+    trained = partial(iterative, stage_epochs=1, least=2, batchnorm=False)
     arms = {
         "direct": Arm(direct, plan), "tuned": Arm(direct, plan, finetune=TUNED), "aware": Arm(aware, plan),
         "iterative": Arm(trained, plan, trains=True),

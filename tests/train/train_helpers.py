@@ -118,7 +118,10 @@ def compressed_run(directory: Path, pipe: Connection, method: str, delay: float)
         time.sleep(delay)
 
     Run.step = slow
-    options = {"rstd": {"epochs": 10}, "iterative": {"stage_epochs": 3, "rule": "nx", "patience": 9}}[method]
+    options = {
+        "rstd": {"epochs": 10},
+        "iterative": {"stage_epochs": 3, "rule": "nx", "least": 2, "patience": 9},
+    }[method]
     small = tdlib.compress(
         net, method, data, ratio=2.5, batch_size=64, checkpoint=directory / "checkpoint", checkpoint_steps=1,
         device="cpu", progress=False, **options,
