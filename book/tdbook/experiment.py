@@ -297,6 +297,8 @@ def _run(
         last = found["last"]["test"]
     if outputs is None or cut or last is not None:
         outputs = _answers(small, data, device)[0]
+    made = tdlib.provenance(small).plan  # of a method that chooses the ranks itself
+    plan = Plan.from_dict(made) if made else plan
     labels = arm.trains or bool(arm.finetune.get("epochs")) or start.trained
     # Epochs that a checkpoint brought took their seconds in an earlier process.
     trained = [epoch for table in tables.values() for epoch in table if "train_loss" in epoch]

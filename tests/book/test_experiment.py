@@ -85,6 +85,14 @@ def test_a_row_for_each_arm_ratio_and_seed_with_what_it_kept_and_cost(run, plan,
     assert found.starts["direct", 0] is found.dense[0] is dense(0)
 
 
+def test_the_plan_of_a_row_has_the_ranks_that_the_method_ended_with(run, plan):
+    found = run({"iterative": Arm(partial(iterative, rule="nx", stage_epochs=0, least=2), plan, trains=True)})
+    (key,) = found.plans
+    last = {row["layer"]: row["ranks"] for row in found.tables[key]["ranks"]}
+    assert {name: list(ranks) for name, ranks in found.plans[key].ranks.items()} == last
+    assert found.plans[key].ranks != plan(found.dense[key[2]], *key[1:]).ranks
+
+
 def test_images_labels_and_epochs_are_counted(run, plan, data):
     aware = partial(distribution_aware, samples=30)
     trained = partial(iterative, stage_epochs=1, least=2, batchnorm=False)
