@@ -1,9 +1,10 @@
 """What the chapter on distribution-aware decomposition has beside its arms: statistics that rows share,
-single layers, other images, its tables, and a data set of one image a class."""
+single layers, drift, and a data set of one image a class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,20 @@ import torch
 from torch import Tensor, nn
 
 import tdlib
-from tdbook import style
-from tdbook.experiment import Arm, Results
-from tdbook.tables import summary
+from tdbook.experiment import Arm
+from tdbook.other_images import Source
+from tdlib.calibration import calibration_batches
 from tdlib.data import IMAGENET_MEAN, IMAGENET_STD, ArraySplit, Bundle
 from tdlib.decompositions.sigma import cp_sigma, tucker2_sigma
-from tdlib.errors import DataError
+from tdlib.errors import DataError, unknown
 from tdlib.formats import LayerPlan, get_format
 from tdlib.methods import planned
 from tdlib.methods.distribution_aware import distribution_aware, layer_errors, measured
 from tdlib.planning import Plan, count, end_layers
 from tdlib.planning.candidates import candidates
-from tdlib.train import agreement, evaluate
+from tdlib.train import agreement, evaluate, inference
 
 Rows = list[dict[str, Any]]
-
-#: The arms in the order of the story.
-STEPS = ("frobenius", "sigma", "transfer", "global", "sequential", "bias", "batchnorm")
 
 
 class Calibrated:
@@ -40,8 +38,9 @@ class Calibrated:
     count in every row. Their images do not: `decompose` draws the same ones again.
 
     data: what the network was trained on. samples: calibration images. by: "params" or "macs"; of: "network",
-    or "layers" for a ratio over the decomposed layers alone. images: batches or a data set whose images take
-    the place of the network's own. weigh_outputs: statistics with the Fisher information.
+    or "layers" for a ratio over the decomposed layers alone. layers: see `dense_layers`. images: a data set
+    whose images take the place of the network's own, or what makes others of these. weigh_outputs: statistics
+    with the Fisher information.
     """
 
     def __init__(
@@ -52,18 +51,19 @@ class Calibrated:
         by: str = "params",
         of: str = "network",
         *,
-        images: Any = None,
+        layers: str | None = None,
+        images: Bundle | Source | None = None,
         weigh_outputs: bool = False,
     ) -> None:
         self.data, self.format, self.samples, self.by, self.of = data, format, samples, by, of
-        self.images, self.weigh_outputs = images, weigh_outputs
+        self.layers, self.images, self.weigh_outputs = layers, images, weigh_outputs
         self.statistics: dict[nn.Module, Any] = {}  # by dense network
 
     def start(self, model: nn.Module, data: Bundle, *, seed: int = 0) -> tuple[nn.Module, dict[str, Rows]]:
         """The network itself, its statistics taken."""
         found = measured(
-            model, self.data if self.images is None else self.images, format=self.format,
-            samples=self.samples, weigh_outputs=self.weigh_outputs, seed=seed,
+            model, self._images(self.data, seed), format=self.format, samples=self.samples,
+            skip=dense_layers(model, self.layers), weigh_outputs=self.weigh_outputs, seed=seed,
         )  # fmt: skip
         self.statistics[model] = found.get("statistics")  # without a layer to decompose, planning says so
         return model, {}
@@ -80,10 +80,16 @@ class Calibrated:
 
     def _plan(self, model: nn.Module, ratio: float, **rule: Any) -> Plan:
         if self.of == "layers":
-            layers = sum(decomposable(model, self.data, self.format, self.by).values())
+            layers = sum(decomposable(model, self.data, self.format, self.by, self.layers).values())
             total = count(model, self.data.input_shape).by(self.by)
             ratio = total / (total - layers + layers / ratio)
-        return planned(model, self.data, format=self.format, ratio=ratio, by=self.by, **rule)
+        skip = dense_layers(model, self.layers)
+        return planned(model, self.data, format=self.format, ratio=ratio, by=self.by, skip=skip, **rule)
+
+    def _images(self, data: Bundle, seed: int) -> Any:
+        if self.images is None or isinstance(self.images, Bundle):
+            return self.images or data
+        return self.images(calibration_batches(data, self.samples, seed=seed), seed)
 
     def decompose(
         self,
@@ -98,7 +104,7 @@ class Calibrated:
     ) -> tuple[nn.Module, dict[str, Rows]]:
         """`distribution_aware` with the statistics that `start` took."""
         return distribution_aware(
-            model, data if self.images is None else self.images, plan, statistics=self.statistics[model],
+            model, self._images(data, seed), plan, statistics=self.statistics[model],
             samples=self.samples, weigh_outputs=self.weigh_outputs, sequential=sequential,
             bias_correction=bias_correction, recalibrate=recalibrate, seed=seed,
         )  # fmt: skip
@@ -108,10 +114,27 @@ class Calibrated:
         return Arm(self.decompose, self.uniform, start=self.start)
 
 
-def decomposable(model: nn.Module, data: Bundle, format: str, by: str = "params") -> dict[str, int]:
-    """Layers that the format can decompose, the papers' dense end layers left out -> their cost in `by`."""
+def dense_layers(model: nn.Module, layers: str | None = None) -> tuple[str, ...]:
+    """Layers that are not decomposed: the first convolution and the classifier, as in the book's other
+    chapters; for "published" all but the spatial convolutions, the first one included, as in the code of
+    Kalle et al. Raises: UnknownName."""
+    if layers is None:
+        return end_layers(model)
+    if layers != "published":
+        raise unknown("choice of layers", layers, ["published"])
+    return tuple(
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
+    )
+
+
+def decomposable(
+    model: nn.Module, data: Bundle, format: str, by: str = "params", layers: str | None = None
+) -> dict[str, int]:
+    """Layers that the format can decompose, without `dense_layers` -> their cost in `by`."""
     cost = count(model, data.input_shape)
-    found, _ = candidates(model, cost, format, by, end_layers(model), {})
+    found, _ = candidates(model, cost, format, by, dense_layers(model, layers), {})
     return {layer.name: layer.cost(None) for layer in found}
 
 
@@ -168,69 +191,54 @@ def single_layers(
     return pd.DataFrame(rows)
 
 
-def other_images(batches: Sequence[Tensor], data: Bundle, seed: int = 0) -> dict[str, Iterable[Tensor]]:
-    """The calibration images and what may stand in their place, by name; for digits also a photograph."""
-    generator = torch.Generator().manual_seed(seed)
-    channels, height, width = data.input_shape
-    order = torch.randperm(height * width, generator=generator)
-    images: dict[str, Iterable[Tensor]] = {
-        "its own training images": batches,
-        "50 of its own training images": [batches[0][:50]],
-        "mirrored": [x.flip(3) for x in batches],
-        "pixels shuffled": [x.flatten(2)[:, :, order].reshape(x.shape) for x in batches],
-        "noise": [torch.randn(x.shape, generator=generator).to(x) for x in batches],
-    }
-    if data.name == "digits":
-        from sklearn.datasets import load_sample_images
+def calibration_sizes(
+    model: nn.Module, data: Bundle, plan: Plan, sizes: Sequence[int], seeds: Sequence[int]
+) -> pd.DataFrame:
+    """The network after the decomposition under Σ of so many images, each draw by itself; of very few, Σ is
+    shrunk.
 
-        photo = torch.tensor(load_sample_images().images[0]).float().mean(2)
-        tiles = photo.unfold(0, height, height).unfold(1, width, width).reshape(-1, channels, height, width)
-        tiles = ((tiles - tiles.mean()) / tiles.std()).to(batches[0])
-        images["patches of a photograph"] = tiles.split(500)
-    return images
+    Columns: images, seed, test_accuracy, agreement (percent), kl (nats), n.
+    """
+    rows = []
+    for size, seed in product(sizes, seeds):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "layer .* it is shrunk")  # on purpose: the figure shows it
+            small, _ = distribution_aware(model, data, plan, samples=size, seed=seed)
+        accuracy = evaluate(small, data)["accuracy"]
+        rows.append(
+            {"images": size, "seed": seed, "test_accuracy": accuracy, **agreement(model, small, data)}
+        )
+    return pd.DataFrame(rows)
 
 
-def with_errors(found: Results, statistics: Mapping[str, Tensor]) -> pd.DataFrame:
-    """The rows of an experiment that was run at one seed, not read, with `error`: the mean over the layers of
-    the relative error of their outputs under these statistics."""
-    (model,) = found.dense.values()
-    errors = [
-        np.mean([row["sigma_error"] for row in layer_errors(model, small, found.plans[key], statistics)])
-        for key, small in found.networks.items()
-    ]
-    return found.frame.assign(error=errors)
+def drift(
+    model: nn.Module, networks: Mapping[str, nn.Module], layers: Sequence[str], images: Tensor
+) -> pd.DataFrame:
+    """Relative error of what these layers really put out, on the inputs that reach them in each network.
+
+    Columns: method (the network's name), layer, error.
+    """
+    wanted = _outputs(model, layers, images)
+    rows = []
+    for method, small in networks.items():
+        for layer, found in _outputs(small, layers, images).items():
+            error = float((found - wanted[layer]).norm() / wanted[layer].norm())
+            rows.append({"method": method, "layer": layer, "error": error})
+    return pd.DataFrame(rows)
 
 
-def named(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows by rising ratio and in the order of the story, methods as the text writes them; statistics of
-    another data set (column `calibration`) by its name."""
-    place = frame["method"].map({step: k for k, step in enumerate(STEPS)})
-    ordered = frame.assign(place=place).sort_values(["ratio", "place"], kind="stable").drop(columns="place")
-    method = ordered["method"].map(style.label)
-    if "calibration" in ordered:
-        method = method.where(ordered["calibration"].isna(), "Σ of " + ordered["calibration"].astype(str))
-    return ordered.assign(method=method)
+def _outputs(model: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
 
+    def keeping(name: str) -> Any:
+        return lambda module, given, output: found.update({name: output})
 
-def over_ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy, agreement and KL divergence over the ratios, a row per method in the order of the frame."""
-    shown = {"test_accuracy": "accuracy (%)", "agreement": "agreement (%)", "kl": "KL"}
-    means = summary(frame, ["method", "ratio"], shown)
-    table = means.pivot(index="method", columns="ratio", values=list(shown.values())).fillna("–")
-    table = table.reindex(frame["method"].unique()).rename(columns="{:g}×".format, level="ratio")
-    return table.rename_axis(index=None, columns=[None, None])
-
-
-def heading(group: pd.DataFrame) -> str:
-    """What a group of records of one network has in common, with the 95 % interval of an accuracy."""
-    first, images = group.iloc[0], int(group["n"].min())
-    dense = group["dense_test_accuracy"].mean()
-    chance = 1.96 * (dense * (100 - dense) / images) ** 0.5
-    where = ", ".join(first[["dataset", "model", "format"]])
-    return (
-        f"**{where}, ratio in {first['by']} of the {first['of']}**: dense {dense:.2f} %; {images:,} images "
-        f"measured (±{chance:.1f} points by their choice alone), {group['samples'].max():,} calibrate"
-    )
+    handles = [model.get_submodule(name).register_forward_hook(keeping(name)) for name in layers]
+    with inference(model):
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def halves(folder: str | Path, limit: int | None = None) -> Bundle:

@@ -13,18 +13,26 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tdbook import style
-from tdbook.figures.common import closed, lines, plain_ticks, reference, spectrum
+from tdbook.figures.common import canvas, closed, lines, plain_ticks, reference, spectrum
+from tdlib.decompositions.sigma import sigma_error, svd_sigma
 
 
 def against_ratio(frame: pd.DataFrame, by: str) -> Figure:
-    """Accuracy and KL divergence against the ratio in `by`, a line per method, a row of panels per format."""
-    headings = {"test_accuracy": "accuracy (%)", "kl": "KL from the dense outputs"}
+    """Accuracy as is, accuracy with BatchNorm re-estimated and KL divergence against the ratio in `by`, a
+    line per method, a row of panels per format."""
+    headings = {
+        "test_accuracy": "accuracy (%)", "test_accuracy_recalibrated": "BatchNorm re-estimated (%)",
+        "kl": "KL from the dense outputs",
+    }  # fmt: skip
     shown = frame.assign(kl=frame["kl"].clip(lower=1e-5), format=frame["format"].map(style.label))
-    fig = lines(shown, "ratio", headings, "method", rows="format", xlabel=f"ratio ({by})", aspect=1.3)
-    for accuracy, kl in zip(fig.axes[::2], fig.axes[1::2], strict=True):
+    fig = lines(shown, "ratio", headings, "method", rows="format", xlabel=f"ratio ({by})", aspect=1.15)
+    for as_is, fresh, kl in zip(fig.axes[::3], fig.axes[1::3], fig.axes[2::3], strict=True):
         kl.set_yscale("log")
         plain_ticks(kl.yaxis)
-        reference(accuracy, frame["dense_test_accuracy"].mean())
+        low, high = zip(as_is.get_ylim(), fresh.get_ylim(), strict=True)
+        for ax in (as_is, fresh):
+            reference(ax, frame["dense_test_accuracy"].mean())
+            ax.set_ylim(min(low), max(high))
     fig.subplots_adjust(wspace=0.25)  # room for the labels of the log axis
     return fig
 
@@ -52,13 +60,6 @@ def error_sizes(frame: pd.DataFrame) -> pd.DataFrame:
     """Mean and largest of both relative errors of the rows of either method."""
     table = frame.groupby("method")[list(ERRORS)].agg(["mean", "max"])
     return table.rename(index=style.label, columns=ERRORS).rename_axis(index=None).round(2)
-
-
-def rank_correlation(frame: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's correlation of each error with the KL divergence that it causes, over layers and ranks."""
-    ranks = frame[[*ERRORS, "kl"]].rank()
-    table = ranks.corr()["kl"].drop("kl").rename(ERRORS)
-    return table.to_frame("rank correlation with the KL divergence").round(3)
 
 
 def eigenvalues(statistics: Mapping[str, Tensor]) -> Figure:
@@ -108,3 +109,46 @@ def sampling(frame: pd.DataFrame) -> Figure:
         frame, "positions", "error", "layer", logx=True, logy=True, xlabel="positions per image",
         ylabel="relative error of Σ",
     )  # fmt: skip
+
+
+def sizes(frame: pd.DataFrame) -> Figure:
+    """Accuracy and KL divergence against the number of calibration images, with the 95 % interval over
+    draws."""
+    headings = {"test_accuracy": "accuracy (%)", "kl": "KL from the dense outputs"}
+    return lines(frame, "images", headings, logx=True, xlabel="calibration images")
+
+
+def drift(frame: pd.DataFrame) -> Figure:
+    """Error of the layers' real outputs along the network, a line per method."""
+    fig = lines(frame, "layer", "error", "method", ylabel="relative error of the output", aspect=2.2)
+    fig.axes[0].tick_params(axis="x", rotation=90)
+    return fig
+
+
+def projection(seed: int = 0) -> Figure:
+    """Six kernels of two inputs each, brought to rank 1 in both norms: where Σ is an ellipse, the projection
+    onto the line is oblique."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(6, 2, generator=generator, dtype=torch.float64) @ torch.diag(
+        torch.tensor([1.0, 0.8]).double()
+    )
+    sigma = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    angle = torch.linspace(0, 2 * torch.pi, 200, dtype=torch.float64)
+    circle = torch.stack([angle.cos(), angle.sin()])
+    fig, axes = canvas(1, 2, (7.6, 2.9), sharex=True, sharey=True)
+    for ax, norm, S in zip(axes[0], ("kernel", "output (Σ)"), (torch.eye(2).double(), sigma), strict=True):
+        A, B = svd_sigma(W, 1, S)
+        cut = A @ B
+        values, vectors = torch.linalg.eigh(S)
+        unit = (vectors * values.rsqrt()) @ circle * 0.5
+        ax.plot(*unit, color=style.GREY, lw=1)
+        ends = torch.stack([-B[0], B[0]]) / B.norm() * 2.5
+        ax.plot(*ends.T, color=style.BLACK, lw=1)
+        for w, c in zip(W, cut, strict=True):
+            ax.plot(*torch.stack([w, c]).T, color=style.RED, lw=1)
+        ax.plot(*W.T, "o", color=style.BLUE)
+        ax.plot(*cut.T, ".", color=style.RED)
+        errors = f"kernel {float((W - cut).norm() / W.norm()):.2f}, output {sigma_error(W, cut, sigma):.2f}"
+        ax.set(aspect="equal", title=f"error of the {norm} smallest\n{errors}", xlabel="first input")
+    axes[0, 0].set_ylabel("second input")
+    return fig
