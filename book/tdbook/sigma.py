@@ -29,6 +29,7 @@ from tdlib.planning.candidates import candidates
 from tdlib.train import agreement, evaluate, inference
 
 Rows = list[dict[str, Any]]
+SAMPLE = "imagenet-sample"
 
 
 class Calibrated:
@@ -241,6 +242,14 @@ def _outputs(model: nn.Module, layers: Sequence[str], images: Tensor) -> dict[st
     return found
 
 
+def reduced(data: Bundle) -> dict[str, str]:
+    """What records say beside their parameters where the measured images are training images of the network
+    (see `halves`): such a run is a reduced one, whatever its profile."""
+    if data.name != SAMPLE:
+        return {}
+    return {"profile": "reduced", "measured_on": f"{len(data.test)} training images"}
+
+
 def halves(folder: str | Path, limit: int | None = None) -> Bundle:
     """A folder with one sub-folder per class, named so that their order is that of the network's outputs:
     classes with even index for calibration (train), with odd index for evaluation (test). Images as they are,
@@ -269,4 +278,4 @@ def halves(folder: str | Path, limit: int | None = None) -> Bundle:
     train, test = parts
     empty = ArraySplit(train.images[:0], train.labels[:0], IMAGENET_MEAN, IMAGENET_STD)
     names = [p.name for p in classes]
-    return Bundle("imagenet-sample", names, IMAGENET_MEAN, IMAGENET_STD, train.shape, train, empty, test)
+    return Bundle(SAMPLE, names, IMAGENET_MEAN, IMAGENET_STD, train.shape, train, empty, test)

@@ -45,8 +45,9 @@ def heading(group: pd.DataFrame) -> str:
     dense = group["dense_test_accuracy"].mean()
     chance = 1.96 * (dense * (100 - dense) / images) ** 0.5
     where = ", ".join(first[["dataset", "model", "format"]])
+    tested = "test images" if pd.isna(first.get("measured_on")) else "training images"
     return (
-        f"**{where}, ratio in {first['by']} of the {first['of']}**: dense {dense:.2f} %; {images:,} images "
+        f"**{where}, ratio in {first['by']} of the {first['of']}**: dense {dense:.2f} %; {images:,} {tested} "
         f"measured (±{chance:.1f} points by their choice alone), {group['samples'].max():,} calibrate"
     )
 

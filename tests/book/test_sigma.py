@@ -189,6 +189,7 @@ def test_halves_keeps_the_networks_class_order(tmp_path):
     assert data.train.labels.tolist() == [0, 2] and data.test.labels.tolist() == [1, 3]
     assert data.input_shape == (3, 8, 8) and len(data.val) == 0
     assert sigma.halves(tmp_path, limit=1).test.labels.tolist() == [1]
+    assert sigma.reduced(data) == {"profile": "reduced", "measured_on": "2 training images"}
     Image.new("RGB", (9, 8)).save(tmp_path / "000_class" / "b.png")
     with pytest.raises(DataError, match="one size"):
         sigma.halves(tmp_path)
