@@ -54,21 +54,26 @@ def heading(group: pd.DataFrame) -> str:
 
 def margins(frame: pd.DataFrame, against: str) -> pd.DataFrame:
     """Each method less the method `against` at equal ratio and seed, in points, with the 95 % interval over
-    seeds where there are several: as is, and the better of as is and with BatchNorm re-estimated on each
-    side. Rows as in `named`."""
+    seeds where there are several: as is, the better of as is and with BatchNorm re-estimated on each side,
+    and, where it was measured, after one epoch of fine-tuning. Rows as in `named`."""
     rows = []
     for (ratio, method), group in frame.groupby(["ratio", "method"], sort=False):
         if method == against:
             continue
         other = frame[(frame["ratio"] == ratio) & (frame["method"] == against)]
-        sides = [side.set_index("seed")[list(BEST)] for side in (group, other)]
-        as_is = (sides[0] - sides[1])[BEST[0]]
-        best = sides[0][sides[0].mean().idxmax()] - sides[1][sides[1].mean().idxmax()]
+        ours, theirs = (side.set_index("seed") for side in (group, other))
+        best, over = (side[side[list(BEST)].mean().idxmax()] for side in (ours, theirs))
+        differences = {
+            "as is": ours[BEST[0]] - theirs[BEST[0]],
+            "the better of as is and BatchNorm": best - over,
+        }
+        if "test_accuracy_epoch" in frame:
+            differences["after one epoch"] = ours["test_accuracy_epoch"] - theirs["test_accuracy_epoch"]
         row = {"ratio": f"{ratio:g}×", f"less “{against}”": method}
-        for name, values in {"as is": as_is, "the better of as is and BatchNorm re-estimated": best}.items():
+        for name, values in differences.items():
             found = values.dropna().tolist()
             row[name] = spelt(sum(found) / len(found), interval(found), "points") if found else "–"
-        rows.append(row | {"draws": len(as_is.dropna())})
+        rows.append(row | {"draws": len(differences["as is"].dropna())})
     return pd.DataFrame(rows)
 
 

@@ -5,7 +5,8 @@ inputs is smallest,
 
     min ||(W - What) Sigma^(1/2)||_F,     Sigma = E[x x^T] of the layer's input patches in the dense network;
 
-no labels, no training. That is `distribution_aware(model, data, plan)` with its defaults.
+no labels, no training. That is `distribution_aware(model, data, plan)` with its defaults; the solver is ours,
+in two blocks where the paper's Tucker-2 (its Algorithm 2) has three, see `tdlib.decompositions.sigma.tucker`.
 
 Ours, each a switch that reports name:
 - `weigh_outputs`: the output error is measured by H, the Fisher information at the layer's output, so that
