@@ -109,7 +109,7 @@ def inputs_of(name: str, weights: str | Path | None) -> dict[str, Any] | None:
 
 def structural(name: str) -> frozenset[str]:
     """The arguments of `build` that a saved network of this name may bring along."""
-    own = {"cnn": {"width", "norm"}, "lstm": {"hidden"}, **{depth: set() for depth in DEPTHS}}
+    own = {"cnn": {"width", "norm"}, "lstm": {"hidden"}, **{depth: {"width"} for depth in DEPTHS}}
     further = own.get(name, TIMM if name.startswith("timm:") else TORCHVISION)
     return frozenset({"input_shape", *further})
 

@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
-        self.pad = (channels - channels_in) // 2
+        self.pad = channels - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C, H / stride, W / stride)."""
@@ -34,21 +34,22 @@ class Block(nn.Module):
         if self.stride != 1:
             x = x[:, :, :: self.stride, :: self.stride]
         if self.pad:
-            x = F.pad(x, (0, 0, 0, 0, self.pad, self.pad))
+            x = F.pad(x, (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
         return F.relu(out + x)
 
 
 class CifarResNet(nn.Module):
-    """Stages of 16, 32, 64 channels with ``blocks`` blocks each, global average pooling, one linear layer."""
+    """Stages of ``width``, twice and four times as many channels with ``blocks`` blocks each, global average
+    pooling, one linear layer. The paper's width is 16."""
 
-    def __init__(self, blocks: int, classes: int, channels: int = 3) -> None:
+    def __init__(self, blocks: int, classes: int, channels: int = 3, width: int = 16) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, 1)
-        self.layer2 = _stage(16, 32, blocks, 2)
-        self.layer3 = _stage(32, 64, blocks, 2)
-        self.linear = nn.Linear(64, classes)
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks, 1)
+        self.layer2 = _stage(width, 2 * width, blocks, 2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, 2)
+        self.linear = nn.Linear(4 * width, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)

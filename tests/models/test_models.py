@@ -56,6 +56,12 @@ def test_resnet_parameter_names_are_the_public_ones():
     assert not [name for name in names if "downsample" in name or "shortcut" in name]
 
 
+def test_a_narrower_resnet_keeps_its_form_and_odd_widths_work():
+    narrow, usual = models.build("resnet20", 10, width=5), models.build("resnet20", 10)
+    assert set(narrow.state_dict()) == set(usual.state_dict())
+    assert narrow.linear.in_features == 20 and narrow(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_option_a_shortcut_is_subsampling_and_zero_channels():
     block = models.build("resnet20", 10).layer2[0].eval()
     for parameter in block.parameters():
