@@ -1,5 +1,7 @@
 """The committed notebooks: stripped, parameterised, and all in the table of contents."""
 
+import re
+
 import nbformat
 import pytest
 import yaml
@@ -42,6 +44,26 @@ def test_exactly_one_parameters_cell_with_the_common_names(path):
 def test_starts_with_a_title(path):
     nb = nbformat.read(str(path), as_version=4)
     assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
+
+
+def text_of(path):
+    """Prose of a notebook or a page: without code, formulas and generated parts."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(str(path), as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    hidden = r"```.*?```|`[^`]*`|\$[^$]*\$|<!-- results:begin.*results:end -->"
+    return re.sub(hidden, "", text, flags=re.DOTALL)
+
+
+PROSE = [*NOTEBOOKS, *sorted(paths.BOOK.glob("*.md")), paths.ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
+def test_no_accuracy_is_typed(path):
+    """Results are computed; the one percentage that prose may state is that of an interval's confidence."""
+    typed = r"[^.\n]*\d\s*(?:%|percent|points?\b)(?! (?:confidence )?interval)[^.\n]*"
+    assert re.findall(typed, text_of(path)) == []
 
 
 def test_the_table_of_contents_names_all_chapters_and_each_asks_its_question():

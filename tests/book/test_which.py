@@ -1,9 +1,13 @@
 """The tables and figures of "Which method when" follow from the rows."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 
+from tdbook.experiment import Arm
 from tdbook.figures import which
+from tdlib.methods.direct import direct
 
 
 def rows():
@@ -18,7 +22,7 @@ def rows():
     columns = ["method", "ratio", "test_accuracy", "images", "labels", "epochs", "seconds", "params_ratio"]
     frame = pd.DataFrame(table, columns=columns)
     frame = frame.assign(macs_ratio=frame["params_ratio"], val_accuracy=frame["test_accuracy"])
-    return frame.assign(dense_test_accuracy=91.0, n=50, seed=0)
+    return frame.assign(dense_test_accuracy=91.0, n=50, seed=0, by="params")
 
 
 def seeds():
@@ -53,10 +57,11 @@ def test_decision_prefers_the_faster_of_equals_and_respects_what_is_there():
 
 
 def test_tables_show_every_row():
-    asked = which.asks(rows())
+    asked = which.asks(rows(), {"long": "uniform", "plain": ""})
     assert list(asked.index) == ["plain", "aware", "long"]
-    assert asked.loc["long"].tolist() == ["4,500 to 9,000", "yes", "10 to 20"]
-    assert asked.loc["aware"].tolist() == ["100", "no", "0"]
+    assert asked.loc["long"].tolist() == ["4,500 to 9,000", "yes", "10 to 20", "uniform"]
+    assert asked.loc["aware"].tolist() == ["100", "no", "0", "–"]
+    assert asked.loc["plain", "ranks by"] == "–"
     kept = which.keeps(seeds())
     assert kept.loc[(4, "aware"), "at the end (%)"] == "70.00 ± 1.41" and kept.loc[(4, "aware"), "n"] == 2
     assert kept.loc[(4, "aware"), "kept (points)"] == "-21.00 ± 0.00" and len(kept) == 6
@@ -79,3 +84,21 @@ def test_verdict_is_computed():
         "with training, long with 90.5 % (-0.5 points, 60 s)."
     )
     assert lines[2].startswith("- With 50 test images") and "4.0 points" in lines[2]
+
+
+def test_a_method_with_a_rule_of_its_own_is_not_credited_with_its_plans():
+    def own(model, data, plan, *, rule="vbmf"):
+        raise AssertionError("not to be run")
+
+    arms = {"direct": Arm(direct, None), "own": Arm(own, None), "dense": Arm(direct, None)}
+    plans = {(name, 2.0, 0): SimpleNamespace(rule="" if name == "dense" else "uniform") for name in arms}
+    assert which.rank_rules(arms, plans) == {"direct": "uniform", "own": "vbmf, pass by pass", "dense": ""}
+
+
+def test_limits_are_computed():
+    lines = which.limits(rows().assign(macs_ratio=[1.5, 2.0, 1.9, 4.0, 3.0, 5.0])).splitlines()
+    assert lines[0] == "- At **2×** in parameters the ratios in MACs go from 1.50 (plain) to 2.00 (aware)."
+    assert lines[1].endswith("go from 3.00 (aware) to 5.00 (long).")
+    assert lines[2].startswith("- 3 of 6 rows lie within two standard errors (8.1 points)")
+    far = which.limits(rows().assign(test_accuracy=20.0, by="macs")).splitlines()
+    assert "in MACs the ratios in parameters" in far[0] and far[2].startswith("- 0 of 6 rows")

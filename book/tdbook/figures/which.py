@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from tdbook import style, tables
+from tdbook.experiment import Arm, Key, described
 from tdbook.figures.common import closed, plain_ticks, reference
+from tdlib.planning import Plan
 
 #: What a reader may have -> which rows are open to him.
 SITUATIONS: dict[str, Any] = {
@@ -33,8 +35,16 @@ def means(rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(kept=kept, labels=table["labels"].astype(bool))
 
 
-def asks(rows: pd.DataFrame) -> pd.DataFrame:
-    """What each method asks: images, labels and epochs; least and most, where its rows differ."""
+def rank_rules(arms: Mapping[str, Arm], plans: Mapping[Key, Plan]) -> dict[str, str]:
+    """How the ranks of each method were chosen: by its own rule where it has one, else by its plan's."""
+    own = {name: described(arm, {})["run"].get("rule") for name, arm in arms.items()}
+    found = {name: plan.rule for (name, _, _), plan in plans.items()}
+    return found | {name: f"{rule}, pass by pass" for name, rule in own.items() if rule}
+
+
+def asks(rows: pd.DataFrame, rules: Mapping[str, str]) -> pd.DataFrame:
+    """What each method asks: images, labels and epochs; least and most, where its rows differ. And the rule
+    of its ranks, see `rank_rules`; a dash where it has none, or its rows come from records."""
     table = {}
     for name, group in rows.groupby("method", sort=False):
         images, epochs = group["images"], group["epochs"].round(1)
@@ -42,6 +52,7 @@ def asks(rows: pd.DataFrame) -> pd.DataFrame:
             "images": _span(images.min(), images.max()),
             "labels": "yes" if group["labels"].any() else "no",
             "epochs": _span(epochs.min(), epochs.max()),
+            "ranks by": rules.get(name) or "–",
         }
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("method")
 
@@ -158,6 +169,31 @@ def verdict(rows: pd.DataFrame) -> str:
         f"{standard_error(dense, images):.1f} points: differences below two of these decide nothing."
     )
     return "\n".join(lines)
+
+
+def limits(rows: pd.DataFrame) -> str:
+    """Markdown: what equal ratios leave unequal, and how many rows are too near the dense network to tell."""
+    table, words = means(rows), {"params": "parameters", "macs": "MACs"}
+    by = rows["by"].iloc[0]
+    other = next(unit for unit in words if unit != by)
+    lines = []
+    for ratio, at in table.groupby("ratio"):
+        least, most = (at.loc[find(at[f"{other}_ratio"])] for find in (pd.Series.idxmin, pd.Series.idxmax))
+        lines.append(
+            f"- At **{ratio:g}×** in {words[by]} the ratios in {words[other]} go from "
+            f"{_of(least, other)} to {_of(most, other)}."
+        )
+    error = standard_error(rows["dense_test_accuracy"].mean(), int(rows["n"].iloc[0]))
+    near = int((table["kept"].abs() < 2 * error).sum())
+    lines.append(
+        f"- {near} of {len(table)} rows lie within two standard errors ({2 * error:.1f} points) of the dense "
+        "network's accuracy: this run does not tell them from it."
+    )
+    return "\n".join(lines)
+
+
+def _of(row: pd.Series, unit: str) -> str:
+    return f"{row[f'{unit}_ratio']:.2f} ({row['method']})"
 
 
 def _praise(group: pd.DataFrame) -> str:
