@@ -357,17 +357,20 @@ def described(
 ) -> dict[str, Any]:
     """What decides a row of this arm beside ratio, seed and data: the functions and all their arguments that
     are plain values, defaults and those of training included."""
-    found: dict[str, Any] = {"run": _described(arm.run, training)}
+    found: dict[str, Any] = {"run": arguments(arm.run, training)}
     if arm.start is not None:
-        found["start"] = _described(arm.start, training)
+        found["start"] = arguments(arm.start, training)
     if arm.finetune.get("epochs"):
-        found["finetune"] = _described(fit, {**training, **arm.finetune})
+        found["finetune"] = arguments(fit, {**training, **arm.finetune})
     if epoch is not None and not arm.scratch:
-        found["epoch"] = _described(fit, _one_epoch(training, epoch))
+        found["epoch"] = arguments(fit, _one_epoch(training, epoch))
     return found
 
 
-def _described(function: Callable[..., Any], training: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(function: Callable[..., Any], training: Mapping[str, Any]) -> dict[str, Any]:
+    """The function's name, and its arguments that are plain values: its defaults and those of `train.fit`
+    where it passes them on, `training` and what a partial sets.
+    """
     plain = getattr(function, "func", function)  # of a partial
     given = {p.name: p.default for p in signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     if any(p.kind is p.VAR_KEYWORD for p in signature(function).parameters.values()):

@@ -7,62 +7,66 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from tdbook.rstd_training import PlanOf
+from tdbook.verdicts import interval, spelt
 from tdlib.data import ArraySplit, Bundle
 from tdlib.data.augment import NONE
 from tdlib.decompositions.linalg import singular_values
 from tdlib.errors import BudgetError, DataError
 from tdlib.formats import KernelFormat, LayerPlan, to_dense
-from tdlib.methods.rstd import shuffled_plan
 from tdlib.planning import Plan
-
-Variants = Mapping[str, Mapping[str, Any]]
 
 
 def ratio_grid(
     model: nn.Module,
-    data: Any,
-    format: str,
-    variants: Variants,
+    arms: Mapping[str, PlanOf],
     *,
     low: float = 2.0,
     high: float = 16.0,
-    count: int = 5,
+    count: int = 3,
 ) -> list[float]:
-    """`count` ratios from `low` to at most `high` in equal factors that every variant reaches.
+    """`count` ratios from `low` to at most `high` in equal factors that every arm reaches.
 
-    variants: name -> options of `shuffled_plan`. Raises: BudgetError where none is above 1.05.
+    Raises: BudgetError where none is above 1.05.
     """
     while high > 1.05:
         first = min(low, 1 + (high - 1) / 4)
         grid = [round(first * (high / first) ** (k / (count - 1)), 2) for k in range(count)]
         try:
             for ratio in grid:
-                for options in variants.values():
-                    shuffled_plan(model, data, ratio=ratio, format=format, **options)
+                for planned in arms.values():
+                    planned(model, ratio, 0)
             return grid
         except BudgetError:
             high *= 0.8
-    raise BudgetError(f"no ratio above 1.05 can be reached with format {format!r}: skip fewer layers")
+    raise BudgetError("no ratio above 1.05 can be reached: skip fewer layers")
 
 
-def by_arm(saved: pd.DataFrame) -> pd.DataFrame:
-    """Records with the arm as `method`. Older ones call the arms shuffled and kernel both "rstd" and tell
-    them apart by the column `shuffled`.
+def ranks(model: nn.Module, arms: Mapping[str, PlanOf], ratios: Sequence[float]) -> pd.DataFrame:
+    """The ranks of the largest planned layer, a row per arm, a column per ratio. The random subspace has one
+    number in their place, its dimensions.
     """
-    if "shuffled" not in saved:
-        return saved
-    arm = saved["shuffled"].map({True: "shuffled", False: "kernel"})
-    return saved.assign(method=saved["method"].where(saved["method"] != "rstd", arm))
+    found = {}
+    for name, planned in arms.items():
+        plans = {f"{ratio:g}×": planned(model, ratio, 0) for ratio in ratios}
+        found[name] = {
+            ratio: max(plan.items(), key=lambda one: plan.costs[one[0]].dense[0])[1].ranks
+            for ratio, plan in plans.items()
+        }
+    return pd.DataFrame(found).T
 
 
-def projection_errors(model: nn.Module, plan: Plan, variants: Variants, seed: int = 0) -> pd.DataFrame:
+def projection_errors(
+    model: nn.Module, plan: Plan, variants: Mapping[str, Mapping[str, Any]], seed: int = 0
+) -> pd.DataFrame:
     """||W - P(W)|| / ||W|| of every planned layer of `model` at about the plan's parameters.
 
     variants: name -> options that replace the plan's ({"shuffle": False}, ...). Each is given the ranks of
@@ -152,29 +156,33 @@ def effective_rank(values: Tensor) -> float:
     return float(entropy.exp() / len(values))
 
 
-def low_rankness(models: Mapping[str, nn.Module]) -> pd.DataFrame:
-    """Effective ranks of every kernel of several networks of one architecture: a row per layer, columns
-    (spatial or channel, network).
-    """
-    rows = []
-    for network, model in models.items():
-        for layer, spectra in kernel_spectra(model).items():
-            ranks = {kind: effective_rank(values) for kind, values in spectra.items()}
-            rows.append({"network": network, "layer": layer, **ranks})
-    table = pd.DataFrame(rows)
-    ranked = table.pivot(index="layer", columns="network", values=["spatial", "channel"])
-    return ranked.loc[table["layer"].unique()]
+def low_rankness(model: nn.Module) -> pd.DataFrame:
+    """Effective ranks of every kernel: a row per layer, columns layer, spatial, channel."""
+    return pd.DataFrame([
+        {"layer": layer} | {kind: effective_rank(values) for kind, values in spectra.items()}
+        for layer, spectra in kernel_spectra(model).items()
+    ])  # fmt: skip
 
 
-def lower_on_images(ranked: pd.DataFrame) -> str:
-    """In words: which kernels of the network "images" have a lower spatial rank than those of "pixels
-    shuffled". ranked: of `low_rankness`.
+def spatial_effective_rank(model: nn.Module) -> dict[str, float]:
+    """The mean of the spatial effective ranks over all kernels, as the ledger's claim on similarity asks."""
+    return {"spatial_effective_rank": float(low_rankness(model)["spatial"].mean())}
+
+
+def similarity_in_words(ranked: pd.DataFrame) -> str:
+    """The spatial effective ranks after training on images beside those after training on shuffled pixels.
+
+    ranked: of `low_rankness`, with columns network ("images", "pixels shuffled", ...) and seed.
     """
-    gap = ranked["spatial"]["pixels shuffled"] - ranked["spatial"]["images"]
-    firsts = ", ".join(f"{name} {value:+.3f}" for name, value in gap.iloc[:3].items())
+    table = ranked.pivot_table(index=["seed", "layer"], columns="network", values="spatial")
+    gap = table["pixels shuffled"] - table["images"]
+    per_seed = gap.groupby("seed").mean().to_list()
     return (
-        f"In {int((gap > 0).sum())} of {len(gap)} kernels the spatial effective rank is lower after training "
-        f"on images than after training on shuffled pixels (first layers: {firsts})."
+        f"Spatial effective rank as a share of the full one, mean over the kernels: "
+        f"{table['images'].mean():.3f} after training on images, {table['pixels shuffled'].mean():.3f} on "
+        f"shuffled pixels. Shuffled less images, n = {len(per_seed)}: "
+        f"{spelt(fmean(per_seed), interval(per_seed), 'of the full rank')}; above zero in "
+        f"{int((gap > 0).sum())} of {len(gap)} kernels."
     )
 
 
@@ -197,22 +205,26 @@ def stability(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("method")
 
 
-def dense_level(table: pd.DataFrame) -> float:
-    """The dense networks' test accuracy, mean over seeds."""
-    return float(table.groupby("seed")["dense_test_accuracy"].first().mean())
+def in_words(table: pd.DataFrame, dense: float, guessing: float) -> str:
+    """Range and mean of every arm's accuracy, and what lies between the shuffled arm and each other one.
 
-
-def in_words(table: pd.DataFrame, guessing: float) -> str:
-    """Range and mean of the shuffled arm's accuracy beside the other two; guessing: percent."""
+    table: as of `stability`. dense, guessing: accuracies in percent.
+    """
+    others = [name for name in table["method"].unique() if name != "shuffled"]
     ranges = stability(table)["range_over_ratios"]
-    means = table.groupby("method")["test_accuracy"].mean()
+    means = table.pivot_table(index="seed", columns="method", values="test_accuracy")
+    parts = []
+    for name in others:
+        gaps = (means["shuffled"] - means[name]).to_list()
+        parts.append(f"{name} {spelt(fmean(gaps), interval(gaps), 'points')}")
     return (
-        f"Over the ratios {table['ratio'].min():g} to {table['ratio'].max():g} the accuracy of the shuffled "
-        f"arm ranges over **{ranges['shuffled']:.1f} points** (not shuffled: folded {ranges['folded']:.1f}, "
-        f"kernel {ranges['kernel']:.1f}). On average over all ratios it is {means['shuffled']:.1f} % (dense, "
-        f"trained alike, {dense_level(table):.1f} %; guessing, {guessing:.1f} %): "
-        f"{means['shuffled'] - means['kernel']:+.1f} points from the conventional decomposition (kernel) and "
-        f"{means['shuffled'] - means['folded']:+.1f} from the same folding without shuffling."
+        f"Over the ratios {table['ratio'].min():g} to {table['ratio'].max():g} the accuracy ranges over "
+        f"**{ranges['shuffled']:.1f} points** in the shuffled arm ("
+        + ", ".join(f"{name} {ranges[name]:.1f}" for name in others)
+        + f"). On average over the ratios it is {means['shuffled'].mean():.1f} % (dense, trained alike, "
+        f"{dense:.1f} %; guessing, {guessing:.1f} %). The shuffled arm less another, n = {len(means)}: "
+        + "; ".join(parts)
+        + "."
     )
 
 

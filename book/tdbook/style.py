@@ -37,7 +37,8 @@ NAMES = {
     "transfer": ("Σ of other images", PINK),
     # arms of the chapter on shuffling
     "shuffled": ("shuffled, folded", PINK), "folded": ("not shuffled, folded", GREEN),
-    "kernel": ("not shuffled, O × I × k × k", BLUE), "noise": ("Gaussian noise, folded", GREY),
+    "kernel": ("not shuffled, O × I × k × k", BLUE), "random subspace": ("random subspace", ORANGE),
+    "noise": ("Gaussian noise, folded", GREY),
     "all layers": ("all layers", BLACK),
 }  # fmt: skip
 _KEYS = {text: key for key, (text, _) in NAMES.items()}

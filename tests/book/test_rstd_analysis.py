@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tdlib
-from tdbook import rstd_analysis
+from tdbook import rstd_analysis, rstd_training
 from tdlib.errors import BudgetError, DataError
 from tdlib.methods.rstd import shuffled_plan
 
@@ -50,8 +50,10 @@ def test_images_make_kernels_of_lower_spatial_rank_than_shuffled_pixels(digits) 
     for name, data in (("images", digits), ("pixels", scrambled)):
         nets[name] = net(digits)
         tdlib.train.fit(nets[name], data, epochs=16, lr=0.1, weight_decay=1e-2, **TRAINING)
-    low = rstd_analysis.low_rankness(nets)["spatial"]
+    low = {name: rstd_analysis.low_rankness(one).set_index("layer")["spatial"] for name, one in nets.items()}
     assert (low["images"] < low["pixels"] - 0.02).loc[["conv2", "conv3"]].all()
+    mean = rstd_analysis.spatial_effective_rank(nets["images"])["spatial_effective_rank"]
+    assert mean == pytest.approx(low["images"].mean()) and 0 < mean < 1
 
 
 def test_shuffled_pixels_keep_images_labels_and_statistics(digits) -> None:
@@ -81,13 +83,28 @@ def test_effective_rank_of_known_spectra() -> None:
 
 
 def test_every_arm_reaches_the_ratios_of_the_grid(digits) -> None:
-    model = net(digits)
-    grid = rstd_analysis.ratio_grid(model, digits, "tt", ARMS)
-    assert len(grid) == 5 and 1 < grid[0] < grid[-1] <= 16
-    for ratio, options in itertools.product(grid, ARMS.values()):
-        assert shuffled_plan(model, digits, ratio=ratio, **options).ratio == pytest.approx(ratio, rel=0.02)
+    model, arms = net(digits), rstd_training.plans(digits, "tt", None)
+    grid = rstd_analysis.ratio_grid(model, arms)
+    assert len(grid) == 3 and 1 < grid[0] < grid[-1] <= 16
+    for ratio, planned in itertools.product(grid, arms.values()):
+        assert planned(model, ratio, 0).params_ratio == pytest.approx(ratio, rel=0.02)
+    table = rstd_analysis.ranks(model, arms, grid)
+    assert list(table.index) == list(arms) and len(table.loc["kernel"].iloc[0]) == 3
+    assert all(a > b for a, b in itertools.pairwise(ranks[0] for ranks in table.loc["random subspace"]))
     with pytest.raises(BudgetError, match="skip fewer layers"):
-        rstd_analysis.ratio_grid(model, digits, "tt", {"classifier": {"skip": ["conv*"]}})
+        narrow = {
+            "classifier": lambda *about: shuffled_plan(about[0], digits, ratio=about[1], skip=["conv*"])
+        }
+        rstd_analysis.ratio_grid(model, narrow)
+
+
+@pytest.mark.parametrize(("shift", "positive", "sign"), [(0.1, 4, "+0.10"), (-0.1, 0, "-0.10")])
+def test_the_sentence_on_similarity_follows_the_ranks(shift, positive, sign) -> None:
+    rows = itertools.product(("images", "pixels shuffled", "before training"), (0, 1), ("conv1", "conv2"))
+    ranked = pd.DataFrame(rows, columns=["network", "seed", "layer"])
+    ranked["spatial"] = 0.5 + shift * (ranked["network"] == "pixels shuffled")
+    words = rstd_analysis.similarity_in_words(ranked)
+    assert f"n = 2: {sign} [" in words and f"in {positive} of 4 kernels" in words and "0.500 after" in words
 
 
 def test_stability_is_the_range_over_ratios_of_each_seed() -> None:
@@ -99,7 +116,14 @@ def test_stability_is_the_range_over_ratios_of_each_seed() -> None:
     assert found["worst"].to_dict() == {"shuffled": 90.0, "kernel": 75.0}
 
 
-def test_older_records_name_their_arm_by_a_flag() -> None:
-    saved = {"method": ["rstd", "folded", "rstd", "shuffled"], "shuffled": [True, False, False, None]}
-    named = rstd_analysis.by_arm(pd.DataFrame(saved))
-    assert named["method"].to_list() == ["shuffled", "folded", "kernel", "shuffled"]
+@pytest.mark.parametrize(
+    ("kernel", "gap"), [(70.0, "+20.00 [+20.00; +20.00]"), (95.0, "-5.00 [-5.00; -5.00]")]
+)
+def test_the_sentence_on_accuracy_follows_the_runs(kernel, gap) -> None:
+    rows = itertools.product(("shuffled", "kernel"), (2.0, 4.0), (0, 1))
+    table = pd.DataFrame(rows, columns=["method", "ratio", "seed"])
+    table["test_accuracy"] = [92.0, 92, 88, 88, *[kernel] * 4]
+    words = rstd_analysis.in_words(table, 99.0, 10.0)
+    assert (
+        "**4.0 points** in the shuffled arm (kernel 0.0)" in words and f"n = 2: kernel {gap} points" in words
+    )
