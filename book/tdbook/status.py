@@ -166,10 +166,11 @@ def _reported(reported: Reported) -> str:
 
 
 def _runs(found: Finding) -> str | None:
-    """Scale and numbers: "full; 3 seeds, 10,000 images measured"."""
+    """Scale and numbers: "full; 3 seeds, 1 starting network, 10,000 images measured"."""
     if found.reading == NOT_RUN:
         return None
-    numbers = [_number(found.seeds, "seed")]
+    numbers = [_number(found.seeds, "seed" if found.labels else "draw")]
+    numbers.append(_number(found.networks, "starting network"))
     numbers += [f"{found.images:,} images measured"] if found.images is not None else []
     return f"{' / '.join(found.scales)}; {', '.join(numbers)}"
 

@@ -33,13 +33,17 @@ class Finding:
 
     reading: the verdict that they would carry. ours, theirs: mean of each metric over the seeds that both
     sides have, the best first. mean, interval: of the difference (None: not measured, or by one seed alone).
-    beside: the same against the measure's `beside`. images: of the test set. scales: the records' own words.
+    beside: the same against the measure's `beside`. images: of the test set. networks: how many different
+    ones the runs started from. labels: whether any run used them; else seeds are draws of calibration images.
+    scales: the records' own words.
     began: the day of the first run. why: what keeps the finding from a verdict, or weakens it.
     """
 
     reading: str
     seeds: int = 0
     images: int | None = None
+    networks: int = 0
+    labels: bool = True
     ours: Mapping[str, float] = field(default_factory=dict)
     theirs: Mapping[str, float] = field(default_factory=dict)
     mean: float | None = None
@@ -175,6 +179,8 @@ def _measured(
     scales = tuple(dict.fromkeys(r["scale"] for r in used))
     about: dict[str, Any] = {
         "images": images,
+        "networks": len({r.get("start") for r in used}),
+        "labels": any(r["metrics"].get("labels") for r in used),
         "scales": scales,
         "began": min(r["created"][:10] for r in used),
     }
@@ -188,7 +194,7 @@ def _measured(
     differences = [best[seed] if alone else sign * (best[seed] - other[seed]) for seed in seeds]
     why, error = _unequal(a, b, seeds, measure.equal), 0.0
     accuracies = measure.over is None and measure.unit == "points"
-    if accuracies and not any(r["metrics"].get("labels") for r in used):
+    if accuracies and not about["labels"]:
         if images is None:
             why.append("its records do not say on how many images they were tested")
         else:

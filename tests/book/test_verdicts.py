@@ -185,7 +185,8 @@ def test_reduced_runs_are_shown_and_are_never_the_verdict():
     both = one(claim(), pairs([2.0, 2.1, 2.2], profile="reduced") + pairs([-2.0, -2.1]))
     assert both.verdict == "not reproduced" and both.reduced.mean == pytest.approx(2.1)
     text = status.markdown([both])
-    assert "reduced: less; 3 seeds, 1,000 images measured: +2.10" in text and "**not reproduced**" in text
+    assert "reduced: less; 3 seeds, 1 starting network, 1,000 images measured: +2.10" in text
+    assert "**not reproduced**" in text
     assert one(claim(), pairs([2.0, 2.1, 2.2], profile="quick")).reduced is None
 
 
@@ -221,9 +222,18 @@ def test_a_rule_younger_than_its_runs_says_so():
 
 def test_a_row_shows_setting_scale_numbers_both_sides_and_the_interval():
     text = status.markdown([one(claim(), pairs([2.0, 2.1, 2.2]))])
-    for part in ("CIFAR-10, ResNet-20, TT, 2× parameters", "full; 3 seeds, 1,000 images measured",
-                 "62.10 % against 60.00 %", "+2.10 [+1.85; +2.35] points", "**reproduced**"):  # fmt: skip
+    for part in ("CIFAR-10, ResNet-20, TT, 2× parameters", "62.10 % against 60.00 %",
+                 "full; 3 seeds, 1 starting network, 1,000 images measured",
+                 "+2.10 [+1.85; +2.35] points", "**reproduced**"):  # fmt: skip
         assert part in text
+
+
+def test_a_row_says_on_how_many_networks_it_rests_and_what_its_seeds_were():
+    untrained = status.markdown([one(claim(), pairs([2.0, 2.1], labels=False, start="a"))])
+    assert "2 draws, 1 starting network" in untrained
+    several = pairs([2.0, 2.1], start="a") + [r | {"parameters": r["parameters"] | {"seed": 2}, "start": "b"}
+                                              for r in pairs([2.2])]  # fmt: skip
+    assert "3 seeds, 2 starting networks" in status.markdown([one(claim(), several)])
 
 
 def test_verdicts_are_counted_by_kind_those_of_the_book_apart():
