@@ -9,10 +9,12 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+import tdlib
 from tdbook import style
 from tdbook.experiment import Arm, Recorder, Results, Tables, experiment
 from tdbook.paths import RESULTS
@@ -22,7 +24,7 @@ from tdbook.settings import folder as folder
 from tdlib.data import Bundle
 from tdlib.decompositions.linalg import singular_values
 from tdlib.formats.projection import dense_weight, truncation_error
-from tdlib.methods.admm import pull, rho_for
+from tdlib.methods.admm import ADMM, pull, rho_for
 from tdlib.models import build
 from tdlib.planning import Plan
 from tdlib.train import evaluate, fit, fit_selected, require_finished
@@ -124,10 +126,21 @@ def _train(net: nn.Module, data: Bundle, epochs: int, seed: int, options: dict[s
     return net.to(options["device"])
 
 
-def other_formats(net: nn.Module, format: str) -> list[str]:
-    """Formats to show beside `format`."""
-    convolutional = any(isinstance(module, nn.Conv2d) for module in net.modules())
-    return [name for name in (("tucker2", "tr") if convolutional else ("svd",)) if name != format]
+def forms(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """Kinds of low-rank kernels to show side by side: name -> format and options of its plan."""
+    if not any(isinstance(module, nn.Conv2d) for module in net.modules()):
+        return {"TT": {"format": "tt"}, "SVD": {"format": "svd"}}
+    return {
+        "TT, three cores": {"format": "tt"},
+        "TT, five modes": {"format": "tt", "order": 2},
+        "Tucker-2": {"format": "tucker2"},
+        "TR": {"format": "tr"},
+    }
+
+
+def own_format(net: nn.Module) -> str:
+    """Format of the road in sequence."""
+    return "tucker2" if "Tucker-2" in forms(net) else "svd"
 
 
 def kept_dense(lstm: nn.Module) -> list[str]:
@@ -136,14 +149,14 @@ def kept_dense(lstm: nn.Module) -> list[str]:
     return ["linear", "input_to_hidden"] if inputs < 0.1 * hidden else ["linear"]
 
 
-def in_formats(
+def in_forms(
     dense: Callable[[int], nn.Module], data: Bundle, roads: Mapping[str, Mapping[str, Arm]], **settings: Any
 ) -> pd.DataFrame:
-    """The rows of each format's roads, named. settings: of `experiment`."""
-    arms = {f"{road}, {format}": arm for format, pair in roads.items() for road, arm in pair.items()}
+    """The rows of each form's roads, named, with a column `form`. settings: of `experiment`."""
+    arms = {f"{road}: {form}": arm for form, pair in roads.items() for road, arm in pair.items()}
     frame = experiment(dense, data, arms, **settings).frame
-    parts = frame["method"].str.split(", ", expand=True)
-    return named(frame.assign(method=parts[0]))
+    parts = frame["method"].str.split(": ", expand=True)
+    return named(frame.assign(method=parts[0], form=parts[1]))
 
 
 def noted(net: nn.Module, data: Bundle, plan: Plan) -> Tables:
@@ -182,7 +195,8 @@ def spectra(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     matrices = tt_unfoldings(kernel)
     known = (*ON_UNFOLDINGS, "svd") if kernel.dim() == 2 else ON_UNFOLDINGS
     ranks = plan[layer].ranks if plan[layer].format in known else ()
-    target = dict(zip(matrices, ranks, strict=False))  # a 1×1 convolution has one rank
+    within = len(plan[layer].options.get("out_modes", [0])) - 1  # ranks between the modes of one channel
+    target = dict(zip(matrices, ranks[within:], strict=False))  # a 1×1 convolution has one rank
     return [
         {"layer": layer, "unfolding": name, "rank": target.get(name), "values": singular_values(m).tolist()}
         for name, m in matrices.items()
@@ -223,22 +237,93 @@ def cost(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_words(frame: pd.DataFrame, format: str) -> str:
-    """What either road loses by decomposing and where fine-tuning brings it, a line per ratio (markdown)."""
+    """Where the roads stand right after the cut and at the end, a line per ratio (markdown)."""
     ours, lines = name("admm", format), []
     for (ratio, by), rows in frame.groupby(["ratio", "by"]):
-        mean = rows.groupby("method").mean(numeric_only=True)
+        mean = rows.groupby("method", sort=False).mean(numeric_only=True)
         if not {"direct", "admm"} <= set(mean.index):
             continue
-        dense = mean["dense_test_accuracy"].mean()
-        lost, end = dense - mean["test_accuracy_before"], mean["test_accuracy"]
+        cut, again = mean["test_accuracy_before"], mean["test_accuracy_recalibrated"]
+        best, end = np.fmax(cut, again), mean["test_accuracy"]
+        others = [
+            f"{_lead(end['admm'] - value)} {name(road, format)} ({value:.1f} %)"
+            for road, value in end.items()
+            if road != "admm"
+        ]
         lines.append(
-            f"- **{ratio:g}×** ({by}): decomposing costs the plainly trained network "
-            f"{lost['direct']:.1f} points and the {ours}-trained one {lost['admm']:.1f}. After fine-tuning "
-            f"they stand at {end['direct']:.1f} % and {end['admm']:.1f} % (dense {dense:.1f} %)."
+            f"- **{ratio:g}×** ({by}). Right after the cut {ours} has {cut['admm']:.1f} %, with BatchNorm "
+            f"re-estimated {again['admm']:.1f} %; the plainly trained network {cut['direct']:.1f} % and "
+            f"{again['direct']:.1f} %. With the better of the two on either side {ours} is "
+            f"{_lead(best['admm'] - best['direct'])} it. At the end {ours} has {end['admm']:.1f} %: "
+            f"{', '.join(others)}. Dense: {mean['dense_test_accuracy'].mean():.1f} %."
         )
     tested, seeds = frame["n"].iloc[0], frame["seed"].nunique()
     means = f" Every figure is the mean of {seeds} seeds." if seeds > 1 else ""
     return "\n".join([*lines, f"\nOne of the {tested} test images is {100 / tested:.2f} points.{means}"])
+
+
+def closeness(frame: pd.DataFrame, format: str) -> str:
+    """How near to the low-rank set training has brought W, and at which accuracy (markdown)."""
+    ours, lines = name("admm", format), []
+    for ratio, rows in frame.groupby("ratio"):
+        mean = rows.groupby("method").mean(numeric_only=True)
+        if not {"direct", "admm"} <= set(mean.index):
+            continue
+        off, uncut = mean["truncation_error"], mean["uncut_test_accuracy"]
+        lines.append(
+            f"- **{ratio:g}×**: the cut takes off {off['admm']:.2f} of the weights' norm after {ours}, "
+            f"{off['direct']:.2f} after plain training; until then W has {uncut['admm']:.1f} %, "
+            f"{_lead(uncut['admm'] - uncut['direct'])} plain training ({uncut['direct']:.1f} %)."
+        )
+    return "\n".join(lines)
+
+
+def beyond_rank(spectra: Mapping[str, Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
+    """Share of the squared singular values beyond the target rank, in percent: a row per unfolding, a column
+    per method. spectra: method -> rows of `spectra`."""
+    return pd.DataFrame(
+        {
+            method: {
+                f"{row['layer']}  {row['unfolding']}": 100
+                * sum(v * v for v in row["values"][row["rank"] :])
+                / sum(v * v for v in row["values"])
+                for row in rows
+                if row["rank"] is not None
+            }
+            for method, rows in spectra.items()
+        }
+    )
+
+
+def first_epoch(pulls: Iterable[float], steps: int = 391, lr: float = 0.01) -> pd.DataFrame:
+    """Where the penalty alone takes W in ADMM's first epoch: for each pull `along`, the part of W - Z along
+    W0 - Z0 in units of it, from a random kernel and the library's own steps, and `theory`, 2 exp(-pull) - 1.
+    """
+    rows = []
+    for strength in pulls:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
+        hook = ADMM(tdlib.plan(net, (8, 8, 8), "tt", ranks={"0": (3, 3)}), rho_for(strength, lr, steps))
+        context: Any = SimpleNamespace(model=net, epoch=0, device="cpu")
+        hook.on_start(context)
+        hook.on_epoch_start(context)
+        weight = dense_weight(net, "0")
+        before = weight.detach() - hook.z["0"]
+        sgd = torch.optim.SGD([weight], lr, momentum=0.9)
+        for _ in range(steps):
+            sgd.zero_grad()
+            hook.before_step(context)
+            sgd.step()
+        along = float(((weight.detach() - hook.z["0"]) * before).sum() / before.square().sum())
+        rows.append({"pull": strength, "along": along, "theory": 2 * math.exp(-strength) - 1})
+    return pd.DataFrame(rows)
+
+
+def _lead(points: float) -> str:
+    """The difference of two accuracies, in words that lead over to the second one."""
+    if round(points, 1) == 0:
+        return "level with"
+    return f"{abs(points):.1f} points {'ahead of' if points > 0 else 'behind'}"
 
 
 def saved() -> pd.DataFrame:

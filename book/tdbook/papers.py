@@ -10,7 +10,7 @@ Pages and notebooks quote papers through `table` and `markdown` only, so no figu
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import yaml
@@ -72,6 +72,26 @@ class Difference(Strict):
     effect: Text
 
 
+class LayerRanks(Strict):
+    """The ranks of one layer, and the modes of its channels where the format factorises them."""
+
+    ranks: list[int]
+    out_modes: list[int] | None = None
+    in_modes: list[int] | None = None
+
+
+class RankTable(Strict):
+    """Ranks that the authors published for a network: layer (or glob, the first that matches counts) ->
+    `LayerRanks`. ratios: dense / compressed of the whole network and of the layers in the table, every layer
+    counted at its ranks, also where that makes it larger."""
+
+    network: Text
+    format: Text
+    source: Text
+    ratios: dict[Literal["params", "macs", "layers_params", "layers_macs"], float]
+    layers: dict[str, LayerRanks]
+
+
 class Paper(Strict):
     """One paper's file; `cite` is its key in the bibliography."""
 
@@ -84,6 +104,7 @@ class Paper(Strict):
     code: str | None = None
     tables: dict[str, Table]
     differences: list[Difference] = Field(default_factory=list)
+    ranks: dict[str, RankTable] = Field(default_factory=dict)
 
 
 def available() -> list[str]:
@@ -144,6 +165,24 @@ def differences(key: str) -> str:
         for one in load(key).differences
     ]  # fmt: skip
     return tables.markdown(rows)
+
+
+def ranks(key: str, name: str) -> dict[str, Any]:
+    """A published table of ranks as arguments of `tdlib.compress`: format, ranks, options. Raises:
+    UnknownName."""
+    found = load(key).ranks
+    if name not in found:
+        raise unknown(f"rank table of {key}", name, found)
+    layers = found[name].layers
+    modes = {
+        option: {layer: getattr(row, option) for layer, row in layers.items()}
+        for option in ("out_modes", "in_modes")
+    }
+    return {
+        "format": found[name].format,
+        "ranks": {layer: row.ranks for layer, row in layers.items()},
+        "options": {option: given for option, given in modes.items() if all(given.values())},
+    }
 
 
 def _table(key: str, name: str) -> Table:

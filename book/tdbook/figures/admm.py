@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,21 +14,48 @@ from matplotlib.ticker import MaxNLocator
 from tdbook import admm_study, style
 from tdbook.figures.common import canvas, lines, reference, spectrum
 
+#: Accuracies of a row in the order of the road, and what the figure calls them.
+STAGES = {
+    "start_test_accuracy": "dense", "uncut_test_accuracy": "W", "test_accuracy_before": "cut",
+    "test_accuracy_recalibrated": "fresh\nBatchNorm", "test_accuracy_epoch": "one\nepoch",
+    "test_accuracy": "end",
+}  # fmt: skip
 
-def before_after(frame: pd.DataFrame, by: str) -> Figure:
-    """Test accuracy against ratio: right after the decomposition, with BatchNorm re-estimated, fine-tuned.
 
-    frame: rows of `experiment`, methods as the text names them.
+def stages(frame: pd.DataFrame, by: str) -> Figure:
+    """Test accuracy along each road, a panel per ratio: the dense network, W trained and not yet cut, cut,
+    with BatchNorm re-estimated, after one epoch of fine-tuning, at the end.
+
+    frame: rows of `experiment`, methods as the text names them. A road that trains nothing before the cut
+    goes on from the dense network, and one from scratch has only its end.
     """
-    headings = {
-        "test_accuracy_before": "decomposed",
-        "test_accuracy_recalibrated": "BatchNorm re-estimated",
-        "test_accuracy": "fine-tuned",
-    }
-    fig = lines(frame, "ratio", headings, "method", dense=frame["dense_test_accuracy"].mean(), aspect=1.1,
-                ylabel="test accuracy (%)", xlabel=f"ratio of {by} (dense / compressed)")  # fmt: skip
-    for ax in fig.axes:
-        ax.set_xticks(sorted(frame["ratio"].unique()))
+    uncut = frame["uncut_test_accuracy"].fillna(frame["start_test_accuracy"])
+    frame = frame.assign(uncut_test_accuracy=uncut)
+    early = [name for name in STAGES if name != "test_accuracy"]
+    frame.loc[frame["test_accuracy_before"].isna(), early] = None
+    tidy = frame.rename(columns=STAGES).melt(["ratio", "method"], list(STAGES.values()), "stage", "accuracy")
+    tidy["ratio"] = [f"{ratio:g}× ({by})" for ratio in tidy["ratio"]]
+    return lines(tidy, "stage", "accuracy", "method", panels="ratio", share=True, aspect=1.2,
+                 dense=frame["dense_test_accuracy"].mean(), ylabel="test accuracy (%)")  # fmt: skip
+
+
+def first_epoch(table: pd.DataFrame) -> Figure:
+    """W after ADMM's first epoch by the penalty alone, against the pull; table: `admm_study.first_epoch`."""
+    fig, axes = canvas(size=(5.4, 3.2))
+    ax = axes[0, 0]
+    sns.lineplot(table, x="pull", y="theory", color=style.GREY, label="2 exp(−p) − 1", ax=ax)
+    ax.plot(table["pull"], table["along"], "o", color=style.BLUE, label="steps of the library")
+    places = ((1, "W₀", "bottom"), (0, "Z₀, in the low-rank set", "bottom"),
+              (-1, "2Z₀ − W₀, the penalty's target", "top"))  # fmt: skip
+    for height, text, side in places:
+        ax.axhline(height, color=style.BLACK, lw=0.8, ls=":" if height else "-")
+        ax.annotate(text, (1, height), xycoords=("axes fraction", "data"), ha="right", va=side, size="small")
+    for strength, text, side in ((0.39, "the authors' ", "right"), (math.log(2), " ln 2", "left")):
+        ax.axvline(strength, color=style.RED, lw=1, ls="--")
+        ax.annotate(text, (strength, -0.8), color=style.RED, ha=side, size="small")
+    ax.set(xlabel="pull p of the epoch", ylabel="(W − Z) in units of (W₀ − Z₀)", ylim=(-1.25, 1.25),
+           xlim=(-0.5, None))  # fmt: skip
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
     return fig
 
 
