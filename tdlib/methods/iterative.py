@@ -96,7 +96,8 @@ def iterative(
     group_size: layers decomposed between two fine-tunings (None: all layers of a pass). Each fine-tuning
     takes at most `stage_epochs` at `stage_lr`; of its epochs the best on validation is kept. batchnorm:
     re-estimate its statistics before every fine-tuning, on training images drawn by the seed. orthogonal,
-    one_schedule: ours, see above; the latter needs the number of passes beforehand, so the rule "nx".
+    one_schedule: ours, see above; the latter needs the number of passes beforehand, so the rule "nx", and a
+    fine-tuning that stops early leaves the rest of its part of the schedule out.
     on_decomposed: called with the network after every decomposition, before anything is repaired. Other
     arguments go to `train.fit`.
 

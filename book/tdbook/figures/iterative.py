@@ -55,50 +55,20 @@ def accuracy_and_time(table: pd.DataFrame, dense: float, unit: str = "MACs") -> 
     return fig
 
 
-def differences(table: pd.DataFrame, by: str) -> str:
-    """Iterative minus one-shot in words, per ratio and over all runs; columns as in `accuracy_and_time`."""
-    then, end = "test_accuracy_recalibrated", "test_accuracy"
-    pairs = table.pivot(index=["ratio", "seed"], columns="method", values=[then, end])
-    gap = pairs.xs("iterative", axis=1, level=1) - pairs.xs("one-shot", axis=1, level=1)
-    lines = [
-        f"- **{ratio:g}×** ({by}): after the last decomposition the iteration stands "
-        f"{rows[then].mean():+.1f} points from one-shot; after all fine-tuning it stands "
-        f"{rows[end].mean():+.2f} points from it (seeds: {', '.join(f'{x:+.2f}' for x in rows[end])})."
-        for ratio, rows in gap.groupby("ratio")
-    ]
-    counts = [f"{int((gap[when] > 0).sum())} of {len(gap)} runs {text}" for when, text in (
-        (then, "after the last decomposition"), (end, "at the end"))]  # fmt: skip
-    return "\n".join([*lines, f"\nThe iteration is ahead in {' and in '.join(counts)}."])
+def roads(table: pd.DataFrame, dense: float | None = None) -> Figure:
+    """Validation accuracy over the epochs of fine-tuning, a line per road; triangles mark decompositions.
 
-
-def descent(stages: Any, dense: float | None = None, one_shot: float | None = None) -> Figure:
-    """Validation accuracy along one iterative run: a decomposition throws it down, fine-tuning lifts it.
-
-    stages: the method's table "stages": val_before, val_after, ratio. one_shot: accuracy of decomposing
-    at once at the final ranks, before fine-tuning.
+    table: rows of `iterative_study.road`, of several methods. dense: the dense network's accuracy.
     """
-    frame = pd.DataFrame(stages).dropna(subset=["val_before", "val_after"])
-    start = [] if dense is None else [{"place": 0.0, "accuracy": dense, "state": "dense"}]
-    steps = [
-        {"place": number + shift, "accuracy": getattr(row, column), "state": state}
-        for number, row in enumerate(frame.itertuples(), 1)
-        for shift, column, state in ((-0.12, "val_before", "decomposed"), (0.12, "val_after", "fine-tuned"))
-    ]
-    path = pd.DataFrame(start + steps)
-    alone = [] if one_shot is None else [
-        {"place": len(frame) - 0.12, "accuracy": one_shot, "state": "decomposed at once"}
-    ]  # fmt: skip
-    points = pd.concat([path, pd.DataFrame(alone)])
-    tints = {"dense": style.GREY, "decomposed": style.ORANGE, "fine-tuned": style.colour("iterative"),
-             "decomposed at once": style.colour("one-shot")}  # fmt: skip
-    markers = {"dense": "o", "decomposed": "v", "fine-tuned": "^", "decomposed at once": "s"}
+    tints = style.palette(table["method"])
     fig, axes = canvas(size=(6.8, 3.2))
     ax = axes[0, 0]
-    sns.lineplot(path, x="place", y="accuracy", color=style.colour("iterative"), lw=1.1, alpha=0.6, ax=ax)
-    sns.scatterplot(points, x="place", y="accuracy", hue="state", style="state", palette=tints,
-                    markers=markers, s=45, ax=ax)  # fmt: skip
-    ax.set_xticks(range(1, len(frame) + 1), [f"{r:.2g}×" for r in frame["ratio"]],
-                  rotation=0 if len(frame) < 12 else 90)  # fmt: skip
-    ax.set(xlabel="ratio reached", ylabel="validation accuracy (%)")
+    same = {"x": "epochs", "y": "accuracy", "hue": "method", "palette": tints, "ax": ax}
+    sns.lineplot(table, estimator=None, sort=False, **same)
+    sns.scatterplot(table[table["state"] == "decomposed"], marker="v", s=55, legend=False, zorder=3, **same)
+    if dense is not None:
+        reference(ax, dense)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="epochs of fine-tuning so far", ylabel="validation accuracy (%)")
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title="", frameon=False)
     return fig
