@@ -26,6 +26,7 @@ NAMES = {
     "direct": ("direct", SKY), "one-shot": ("one-shot", SKY), "scratch": ("from scratch", ORANGE),
     "early": ("decomposed early", GREEN), "admm": ("ADMM", BLUE), "admm-tt": ("ADMM-TT", BLUE),
     "iterative": ("iterative", GREEN), "one schedule": ("iterative, one schedule", PURPLE),
+    "orthogonalised": ("iterative, orthogonalised", ORANGE), "vbmf": ("iterative, vbmf", BROWN),
     "rstd": ("RsTD", PINK), "narrower dense": ("narrower dense", BROWN),
     "distribution-aware": ("distribution-aware", RED),
     "σ (paper)": ("Σ (paper)", RED),
