@@ -29,7 +29,7 @@ def tt_sigma(
     S: Tensor,
     out_modes: Sequence[int] | None = None,
     in_modes: Sequence[int] | None = None,
-    sweeps: int = 8,
+    sweeps: int = 30,
     tol: float = 1e-3,
     ridge: float = RIDGE,
     trace: list[float] | None = None,

@@ -109,7 +109,7 @@ def tucker2_sigma(
     W: Tensor,
     ranks: Sequence[int],
     S: Tensor,
-    sweeps: int = 8,
+    sweeps: int = 30,
     tol: float = 1e-3,
     ridge: float = RIDGE,
     start: Tensor | None = None,
