@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import tdlib
+from tdbook.numerics import numerics
 from tdbook.records import read_record, record, record_path
 from tdlib.calibration import divergence
 from tdlib.data import Bundle
@@ -90,7 +91,8 @@ class Results:
 
 @dataclass(frozen=True)
 class Recorder:
-    """Where rows become records: parameters identify the run beside method, ratio, by and seed."""
+    """Where rows become records: parameters identify the run beside method, ratio, by and seed. The library's
+    own numbers (`numerics`) are among every record's settings."""
 
     chapter: str
     parameters: Mapping[str, Any]
@@ -103,18 +105,22 @@ class Recorder:
     ) -> tuple[dict[str, Any], Tables, str | None] | None:
         """(row, tables, fingerprint of its dense network) of an earlier run of the same, or None."""
         parameters = {**self.parameters, **about}
-        path = record_path(self.chapter, parameters, self.directory, settings=settings, data=data)
+        decides = {**settings, "numerics": numerics()}
+        path = record_path(self.chapter, parameters, self.directory, settings=decides, data=data)
         if not path.is_file():
             return None
         found = read_record(path)
         return {**about, **found["metrics"]}, found.get("history") or {}, found["start"]
 
-    def write(self, about: Mapping[str, Any], row: Mapping[str, Any], history: Tables, **more: Any) -> None:
+    def write(
+        self, about: Mapping[str, Any], row: Mapping[str, Any], history: Tables, *,
+        settings: Mapping[str, Any], **more: Any,
+    ) -> None:  # fmt: skip
         """Write the record of one row; more: of `record`."""
         metrics = {name: value for name, value in row.items() if name not in about}
         record(
             self.chapter, {**self.parameters, **about}, metrics, directory=self.directory, scale=self.scale,
-            history=history, notes=self.notes, **more,
+            settings={**settings, "numerics": numerics()}, history=history, notes=self.notes, **more,
         )  # fmt: skip
 
 
@@ -176,7 +182,7 @@ def experiment(
                 references[seed] = Reference.of(compared, network, data, options.get("device"))
             start_weights = fingerprint(results.dense[seed])
             decisive = {**about, "settings": described(arm, same), "data": data.fingerprint}
-            decisive["start"] = start_weights
+            decisive |= {"start": start_weights, "numerics": numerics()}
             _one_start(began, seed, start_weights)
             options["origin"] = checkpoint.digest({k: repr(v) for k, v in decisive.items()})
             if (arm.start, seed) not in starts:

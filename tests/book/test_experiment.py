@@ -10,11 +10,14 @@ import tdlib
 from tdbook import experiment as module
 from tdbook import read_record
 from tdbook.experiment import Arm, CountedBundle, Recorder, Watch, experiment
+from tdbook.numerics import numerics
+from tdlib.calibration import sensitivity
 from tdlib.errors import BudgetError, DataError
 from tdlib.methods.direct import direct, scratch
 from tdlib.methods.distribution_aware import distribution_aware
 from tdlib.methods.iterative import iterative
 from tdlib.network import fingerprint
+from tdlib.train import recalibrated
 
 TRAINING = {"device": "cpu", "batch_size": 16}
 TUNED = {"epochs": 2, "lr": 0.01}
@@ -153,7 +156,7 @@ def test_records_are_written_and_read_instead_of_run(run, plan, tmp_path, data, 
     untuned = {"direct": Arm(direct, plan)}  # a number that was not measured is a column all the same
     rows = [run(untuned, recorder=recorder).rows for _ in range(2)]
     assert rows[0] == rows[1] and set(rows[1][0]) == ALWAYS | DECOMPOSED
-    content = read_record(files[0])
+    content = next(row for row in map(read_record, files) if row["seed"] == 0)
     assert content["chapter"] == "toy" and content["scale"] == "quick"
     assert content["parameters"].keys() == {"dataset", "lr", "method", "ratio", "by", "seed"}
     assert len(content["history"]["finetune"]) == 2 and content["wall_seconds"] > 0
@@ -178,6 +181,22 @@ def test_records_are_written_and_read_instead_of_run(run, plan, tmp_path, data, 
             run({"tuned": Arm(direct, never, finetune=changed)}, recorder=recorder)
     with pytest.raises(AssertionError, match="must not run"):
         run({"tuned": Arm(partial(scratch, epochs=1), never, finetune=TUNED)}, recorder=recorder)
+
+
+def test_a_changed_number_inside_a_solver_is_another_record(monkeypatch, run, plan, tmp_path):
+    recorder, arms = Recorder("toy", {}, directory=tmp_path), {"direct": Arm(direct, plan)}
+    run(arms, recorder=recorder)
+    (before,) = tmp_path.iterdir()
+    assert read_record(before)["settings"]["numerics"] == numerics()
+    assert numerics()["tdlib.decompositions.tucker"]["tucker2.sweeps"] == 2
+    assert numerics()["tdlib.train.stages"]["recalibrated.images"] == 2000
+    monkeypatch.setattr(recalibrated, "__defaults__", (None, 1000, 0))
+    run(arms, recorder=recorder)
+    (after,) = set(tmp_path.iterdir()) - {before}
+    monkeypatch.undo()
+    monkeypatch.setattr(sensitivity, "TEMPERATURE", 2.0)
+    run(arms, recorder=recorder)
+    assert len(set(tmp_path.iterdir()) - {before, after}) == 1
 
 
 def test_rows_of_one_seed_begin_from_the_same_weights(plan, dense, data, tmp_path):
