@@ -126,7 +126,7 @@ def _table(found: list[tuple[Path, dict[str, Any]]]) -> str:
 
 
 def queue() -> str:
-    """The queue of paper-scale runs, as a section, where there is one."""
+    """The queue of full runs, as a section, where there is one."""
     path = RESULTS / "QUEUE.md"
     if not path.is_file():
         return ""

@@ -9,6 +9,7 @@ blocks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from itertools import product
 from typing import Any
 
@@ -106,6 +107,19 @@ def solvers(
             "ours": sigma_error(W, ours.to_tensor(), S), "ours_sweeps": len(trace) - 1,
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def limits() -> str:
+    """When either solver stops, in words, from their default arguments."""
+    theirs, ours = (
+        {name: given.default for name, given in signature(solver).parameters.items()}
+        for solver in (tucker2_three_blocks, tucker2_sigma)
+    )
+    return (
+        f"The authors' algorithm stops after at most {theirs['iterations']} sweeps, or when one changes the "
+        f"relative error by less than {theirs['tol']:g}; this library's after at most {ours['sweeps']}, or "
+        f"when one lowers the squared error by less than {ours['tol']:g} of itself."
+    )
 
 
 def compared(found: pd.DataFrame) -> str:

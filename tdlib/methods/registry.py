@@ -129,7 +129,7 @@ def compress(
 
     data: a data set or, for what needs no labels, an iterable of input batches (the first 1000 inputs or
     `samples` are used). format: default the method's first. skip: layers that stay dense; None: the first
-    convolution and the classifier, as in the papers. rule, options: of `tdlib.plan` (the rule of "iterative"
+    convolution and the classifier. rule, options: of `tdlib.plan` (the rule of "iterative"
     is its own); ranks: a table instead of a ratio. finetune_epochs at finetune_lr (0.01): training after the
     method (default: 10 for "admm", else none; the passes of "iterative" have `stage_epochs` and `stage_lr` of
     their own); the epoch that is best on the validation split is kept. device: where it all runs and the

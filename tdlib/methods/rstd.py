@@ -6,10 +6,11 @@ Shuffling", ICASSP 2019 (arXiv 1810.13098). The kernel of every listed layer is
     W = unshuffle_pi( compose(cores) ),   cores of a TT, TR, CP or Tucker format of d near-equal modes,    (1)
 
 with a permutation pi of its entries that is drawn once from a seed and never trained (`formats.shuffled`).
-The loss is minimised over the cores; W is composed in every forward pass. Without shuffling, (1) is the
-ordinary decomposition: of the same d modes, or of the kernel as it is (modes="kernel"). Ratios count
-parameters: the convolution itself runs with the dense kernel, so MACs are not saved. `tdlib.decompose` with a
-plan of `shuffled_plan` projects trained kernels on (1) instead.
+The loss is minimised over the cores; W is composed in every forward pass. Only the abstract was at hand: it
+has the shuffling and the low-rank tensor; near-equal modes and training from scratch are unverified. Without
+shuffling, (1) is the ordinary decomposition: of the same d modes, or of the kernel as it is (modes="kernel").
+Ratios count parameters: the convolution itself runs with the dense kernel, so MACs are not saved.
+`tdlib.decompose` with a plan of `shuffled_plan` projects trained kernels on (1) instead.
 """
 
 from __future__ import annotations

@@ -56,14 +56,31 @@ def text_of(path):
     return re.sub(hidden, "", text, flags=re.DOTALL)
 
 
+TYPED = re.compile(r"[^.\n]*\d\s*(?:%|percent|points?\b)(?! (?:confidence )?interval)[^.\n]*")
+DATA = [paths.BOOK / "claims.yml", *sorted(paths.PAPERS.glob("*.yml"))]
 PROSE = [*NOTEBOOKS, *sorted(paths.BOOK.glob("*.md")), paths.ROOT / "README.md"]
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
 def test_no_accuracy_is_typed(path):
     """Results are computed; the one percentage that prose may state is that of an interval's confidence."""
-    typed = r"[^.\n]*\d\s*(?:%|percent|points?\b)(?! (?:confidence )?interval)[^.\n]*"
-    assert re.findall(typed, text_of(path)) == []
+    assert TYPED.findall(text_of(path)) == []
+
+
+def own_words(tree, of=("claim", "reason", "here", "why", "effect")):
+    """What a ledger or a paper's file says in our words, the paper's figures left out."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from [value] if name in of and isinstance(value, str) else own_words(value, of)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from own_words(value, of)
+
+
+@pytest.mark.parametrize("path", DATA, ids=lambda path: path.name)
+def test_no_accuracy_is_typed_in_the_data_either(path):
+    said = list(own_words(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    assert said and not [text for text in said if TYPED.search(text)]
 
 
 def test_the_table_of_contents_names_all_chapters_and_each_asks_its_question():
