@@ -58,6 +58,8 @@ class Calibrated:
     ) -> None:
         self.data, self.format, self.samples, self.by, self.of = data, format, samples, by, of
         self.layers, self.images, self.weigh_outputs = layers, images, weigh_outputs
+        #: Fingerprint of the other data set: as plain text it is among the settings of the arm's records.
+        self.calibration = images.fingerprint if isinstance(images, Bundle) else None
         self.statistics: dict[nn.Module, Any] = {}  # by dense network
 
     def start(self, model: nn.Module, data: Bundle, *, seed: int = 0) -> tuple[nn.Module, dict[str, Rows]]:

@@ -10,7 +10,7 @@ from PIL import Image
 import tdlib
 from tdbook import sigma
 from tdbook import sigma_tables as told
-from tdbook.experiment import Arm, Recorder, experiment
+from tdbook.experiment import Arm, Recorder, described, experiment
 from tdbook.other_images import SOURCES
 from tdbook.records import read_record
 from tdlib.calibration import calibration_batches
@@ -65,6 +65,14 @@ def test_each_step_brings_the_outputs_closer_to_the_dense_network(run, digits):
     assert frame["images"].to_dict() == {"frobenius": 0, "sigma": 600, "global": 600, "sequential": 600}
     assert not frame["labels"].any()
     assert found.plans["frobenius", 3, 0].ranks == found.plans["sigma", 3, 0].ranks
+
+
+def test_the_settings_of_an_arm_name_the_other_images_by_their_content(digits):
+    few = tdlib.data.load("digits", limit=100)
+    other = sigma.Calibrated(digits, "tucker2", SAMPLES, images=few).arm()
+    own = sigma.Calibrated(digits, "tucker2", SAMPLES).arm()
+    assert described(other, {})["run"]["calibration"] == few.fingerprint != digits.fingerprint
+    assert "calibration" not in described(own, {})["run"]
 
 
 def test_the_new_error_ranks_the_harm_of_single_layers_better(net, digits, stats):

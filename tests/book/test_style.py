@@ -14,6 +14,7 @@ def test_both_spellings_and_names_in_the_text_mean_the_same():
     assert style.colour("ADMM") == style.colour("admm") == style.colour("ADMM, tuned")
     assert style.colour(style.label("tucker2")) == style.colour("tucker2")
     assert style.label("conv1") == "conv1"
+    assert style.label("iterative, lower ranks") == "iterative, lower ranks"
 
 
 def test_names_without_a_colour_get_those_that_are_left():
