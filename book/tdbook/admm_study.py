@@ -295,27 +295,39 @@ def beyond_rank(spectra: Mapping[str, Iterable[Mapping[str, Any]]]) -> pd.DataFr
     )
 
 
-def first_epoch(pulls: Iterable[float], steps: int = 391, lr: float = 0.01) -> pd.DataFrame:
-    """Where the penalty alone takes W in ADMM's first epoch: for each pull `along`, the part of W - Z along
-    W0 - Z0 in units of it, from a random kernel and the library's own steps, and `theory`, 2 exp(-pull) - 1.
+def penalty_alone(
+    pulls: Iterable[float], epochs: int = 12, steps: int = 100, lr: float = 0.01
+) -> pd.DataFrame:
+    """Where the penalty without a loss takes W: for each pull, after each epoch, the part of W - Z along
+    W0 - Z0 in units of it, `along` by the library's own steps on a kernel near the low-rank set and by
+    `theory`.
+
+    That is: as long as P(W + U) stays Z0, with the dual's part u, an epoch takes u to u + d, then d to
+    exp(-pull) (d + u) - u.
     """
     rows = []
     for strength in pulls:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
+        weight = dense_weight(net, "0")
         hook = ADMM(tdlib.plan(net, (8, 8, 8), "tt", ranks={"0": (3, 3)}), rho_for(strength, lr, steps))
         context: Any = SimpleNamespace(model=net, epoch=0, device="cpu")
         hook.on_start(context)
-        hook.on_epoch_start(context)
-        weight = dense_weight(net, "0")
-        before = weight.detach() - hook.z["0"]
+        rest = 0.1 * (weight.detach() - hook.z["0"])
+        weight.data = hook.z["0"] + rest
         sgd = torch.optim.SGD([weight], lr, momentum=0.9)
-        for _ in range(steps):
-            sgd.zero_grad()
-            hook.before_step(context)
-            sgd.step()
-        along = float(((weight.detach() - hook.z["0"]) * before).sum() / before.square().sum())
-        rows.append({"pull": strength, "along": along, "theory": 2 * math.exp(-strength) - 1})
+        d, u = 1.0, 0.0
+        for epoch in range(epochs + 1):
+            along = float(((weight.detach() - hook.z["0"]) * rest).sum() / rest.square().sum())
+            rows.append({"pull": strength, "epoch": epoch, "along": along, "theory": d})
+            u += d
+            d = math.exp(-strength) * (d + u) - u
+            context.epoch = epoch
+            hook.on_epoch_start(context)
+            for _ in range(steps):
+                sgd.zero_grad()
+                hook.before_step(context)
+                sgd.step()
     return pd.DataFrame(rows)
 
 

@@ -19,10 +19,10 @@ before its batches; rho constant; at the end the decomposition is taken of W, no
 
 How hard one epoch pulls depends on more than rho: with SGD of step size lr and momentum m, the penalty alone
 shrinks W - Z + U per epoch by the factor exp(-p), p = rho * lr / (1 - m) * steps, which `pull` computes. The
-authors' setting (rho 1e-3, lr 0.1, m 0.9, 391 steps) has p = 0.39. More is not better: in the first epoch
-U = W0 - Z0, so the penalty's target Z - U is 2 Z0 - W0, the mirror image of W0, and the penalty alone takes
-W - Z to (2 exp(-p) - 1) (W0 - Z0). At p = ln 2 that is 0; beyond, W goes through the low-rank set and comes
-out on its other side.
+authors' setting (rho 1e-3, lr 0.1, m 0.9, 391 steps) has p = 0.39, until lr falls. More is not better: in the
+first epoch U = W0 - Z0, so the penalty's target Z - U is 2 Z0 - W0, the mirror image of W0, and the penalty
+alone takes W - Z to (2 exp(-p) - 1) (W0 - Z0), which is 0 at p = ln 2. From then on U swings it through the
+low-rank set and back, at every p: an oscillation that exp(-p / 2) damps per epoch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,23 +38,17 @@ def stages(frame: pd.DataFrame, by: str) -> Figure:
                  dense=frame["dense_test_accuracy"].mean(), ylabel="test accuracy (%)")  # fmt: skip
 
 
-def first_epoch(table: pd.DataFrame) -> Figure:
-    """W after ADMM's first epoch by the penalty alone, against the pull; table: `admm_study.first_epoch`."""
-    fig, axes = canvas(size=(5.4, 3.2))
+def penalty_alone(table: pd.DataFrame) -> Figure:
+    """W over ADMM's epochs by the penalty alone, a colour per pull; table: `admm_study.penalty_alone`."""
+    fig, axes = canvas(size=(6.4, 3.2))
     ax = axes[0, 0]
-    sns.lineplot(table, x="pull", y="theory", color=style.GREY, label="2 exp(−p) − 1", ax=ax)
-    ax.plot(table["pull"], table["along"], "o", color=style.BLUE, label="steps of the library")
-    places = ((1, "W₀", "bottom"), (0, "Z₀, in the low-rank set", "bottom"),
-              (-1, "2Z₀ − W₀, the penalty's target", "top"))  # fmt: skip
-    for height, text, side in places:
-        ax.axhline(height, color=style.BLACK, lw=0.8, ls=":" if height else "-")
-        ax.annotate(text, (1, height), xycoords=("axes fraction", "data"), ha="right", va=side, size="small")
-    for strength, text, side in ((0.39, "the authors' ", "right"), (math.log(2), " ln 2", "left")):
-        ax.axvline(strength, color=style.RED, lw=1, ls="--")
-        ax.annotate(text, (strength, -0.8), color=style.RED, ha=side, size="small")
-    ax.set(xlabel="pull p of the epoch", ylabel="(W − Z) in units of (W₀ − Z₀)", ylim=(-1.25, 1.25),
-           xlim=(-0.5, None))  # fmt: skip
-    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
+    colours = sns.color_palette("viridis", table["pull"].nunique())
+    for colour, (strength, rows) in zip(colours, table.groupby("pull"), strict=True):
+        ax.plot(rows["epoch"], rows["theory"], color=colour, label=f"p = {strength:.2g}")
+        ax.plot(rows["epoch"], rows["along"], "o", color=colour, ms=4)
+    ax.axhline(0, color=style.BLACK, lw=0.8)
+    ax.set(xlabel="epochs of the penalty alone", ylabel="(W − Z) / (W₀ − Z₀);  0: low rank", xlim=(0, None))
+    ax.legend(title="pull of an epoch")
     return fig
 
 
