@@ -26,7 +26,7 @@ def rows(quick: bool) -> Iterator[Row]:
     threads = torch.get_num_threads()
 
     def idle() -> None:
-        tdlib.compress(model, "distribution-aware", data, ratio=2, progress=False)
+        tdlib.compress(model, "sequential", data, ratio=2, progress=False)
 
     def busy() -> None:
         for other in others:
@@ -39,7 +39,7 @@ def rows(quick: bool) -> Iterator[Row]:
 
     row = Row(
         TOPIC,
-        f"distribution-aware beside {OTHERS} busy processes, {os.cpu_count()} cores",
+        f"sequential beside {OTHERS} busy processes, {os.cpu_count()} cores",
         "busy machine",
         "idle machine",
         target=3.0,

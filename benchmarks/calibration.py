@@ -70,7 +70,7 @@ def busy_machine() -> Row:
             process.send_signal(what)
 
     def alone() -> None:
-        tdlib.compress(model, "distribution-aware", data, ratio=2, progress=False)
+        tdlib.compress(model, "sequential", data, ratio=2, progress=False)
 
     def beside() -> None:
         tell(signal.SIGCONT)

@@ -139,7 +139,7 @@ def test_planning_and_decomposing_a_convolution_goes_through_few_files():
 
 
 def test_compressing_under_sigma_goes_through_few_files(digits):
-    files = visited(lambda: tdlib.compress(cnn(), "distribution-aware", digits, ratio=2, progress=False))
+    files = visited(lambda: tdlib.compress(cnn(), "sequential", digits, ratio=2, progress=False))
     own = [name for name in files if not name.startswith(("data/", "models/"))]  # what the caller hands over
     assert "decompositions/sigma/tucker.py" in own and len(own) <= 24, own
 

@@ -36,7 +36,7 @@ def compress(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     data: Annotated[str, typer.Option(help="digits, cifar10, ..., imagefolder:PATH or npz:PATH.")],
     out: Annotated[Path, typer.Option(help="The compressed network, *.safetensors.")],
-    method: Annotated[str, typer.Option(help="A name from `tdlib methods`.")] = "distribution-aware",
+    method: Annotated[str, typer.Option(help="A name from `tdlib methods`.")] = "sequential",
     ratio: RatioOption = 2.0,
     by: ByOption = "params",
     format: Annotated[
@@ -68,9 +68,9 @@ def compress(
 ) -> None:
     """Compress a network on your data and print what was gained and lost.
 
-    Methods that train need labels. Methods that do not (direct, distribution-aware) want a trained network:
-    give --weights or a file, or let --train-epochs train it here. They also take a folder of images alone,
-    and then measure how often both networks answer alike instead of accuracies.
+    Methods that train need labels. Methods that do not (direct, distribution-aware, sequential) want a
+    trained network: give --weights or a file, or let --train-epochs train it here. They also take a folder of
+    images alone, and then measure how often both networks answer alike instead of accuracies.
 
     A network that was trained by tdlib, torchvision or timm says what it was trained on: classes, image size,
     normalisation. That is what the data are brought to; --image-size, --mean and --std are for others.
@@ -78,21 +78,21 @@ def compress(
     --set checkpoint=DIR keeps what was trained: stopped (Ctrl-C, kill), the same command with --force goes on
     from there.
 
-    distribution-aware goes three steps beyond its paper: it gives ranks where they do least harm, weighs the
-    layers' outputs and fits the layers in sequence. The paper's own method is
-    --rule uniform --set weigh_outputs=false --set sequential=false.
+    distribution-aware is the method of its paper. sequential, the default, is this project's own and goes
+    three steps beyond it: it cuts ranks where that does least harm, weighs the layers' outputs and fits the
+    layers in sequence.
 
     \b
     Examples:
       tdlib compress --model dense.safetensors --data imagefolder:photos --method direct --format tucker2 \\
           --ratio 2 --by macs --out small.safetensors --onnx small.onnx
-      tdlib compress --model dense.safetensors --data imagefolder:unsorted --method distribution-aware \\
+      tdlib compress --model dense.safetensors --data imagefolder:unsorted --method sequential \\
           --ratio 2 --by macs --out unlabelled.safetensors
       tdlib compress --model cnn --train-epochs 2 --data imagefolder:photos --image-size 16 \\
           --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --set checkpoint=run \\
-          --method distribution-aware --ratio 2 --dense-out trained.safetensors --out sigma.safetensors
+          --method sequential --ratio 2 --dense-out trained.safetensors --out sequential.safetensors
       tdlib compress --model dense.safetensors --data imagefolder:photos --method distribution-aware \\
-          --rule uniform --set weigh_outputs=false --set sequential=false --out paper.safetensors
+          --ratio 2 --by macs --out paper.safetensors
       tdlib compress --model cnn --train-epochs 2 --data npz:scans.npz --method admm --ratio 1.5 \\
           --set epochs=1 --set finetune_epochs=1 --out admm.safetensors
     """

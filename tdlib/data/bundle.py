@@ -62,7 +62,7 @@ class Bundle:
         if not self.classes:
             raise DataError(
                 f"{purpose} needs labels, and {self.name} has none: put the images into one folder per "
-                "class, or use what needs no labels (the methods direct and distribution-aware)"
+                "class, or use what needs no labels (the methods direct, distribution-aware and sequential)"
             )
 
     def split(self, name: str) -> ArraySplit | FileSplit:

@@ -5,10 +5,11 @@ inputs is smallest,
 
     min ||(W - What) Sigma^(1/2)||_F,     Sigma = E[x x^T] of the layer's input patches in the dense network;
 
-no labels, no training. That is `distribution_aware(model, data, plan)` with its defaults; the solver is ours,
-in two blocks where the paper's Tucker-2 (its Algorithm 2) has three, see `tdlib.decompositions.sigma.tucker`.
+no labels, no training. That is `distribution_aware(model, data, plan)` with its defaults, and the method
+"distribution-aware" of `tdlib.compress`; the solver is ours, in two blocks where the paper's Tucker-2 (its
+Algorithm 2) has three, see `tdlib.decompositions.sigma.tucker`.
 
-Ours, each a switch that reports name:
+Ours, each a switch that reports name, all three together the method "sequential":
 - `weigh_outputs`: the output error is measured by H, the Fisher information at the layer's output, so that
   what later layers ignore may change: min tr(H (W - What) Sigma (W - What)^T);
 - `sequential`: layers are replaced from the input to the output; each is fitted to reproduce the dense
@@ -21,7 +22,6 @@ Bias correction and BatchNorm recalibration change more than the kernels; they s
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -173,8 +173,8 @@ def measured(
     options: Mapping[str, Any] | None = None,
     statistics: Given = None,
     samples: int | None = None,
-    weigh_outputs: bool = True,
-    sequential: bool | None = None,
+    weigh_outputs: bool = False,
+    sequential: bool = False,
     bias_correction: bool = False,
     recalibrate: bool = False,
     multiple: int = 1,
@@ -186,16 +186,17 @@ def measured(
     """What ranks by harm and the decomposition share: the statistics of the layers that can be decomposed.
 
     Arguments as in `tdlib.plan` and `distribution_aware`. Given `statistics` stand for other data, so nothing
-    is fitted in sequence then, with a warning. Raises: TdlibError where `sequential` is asked for or
-    `samples` would not be looked at beside them; BudgetError, before anything is measured.
+    can be fitted in sequence then. Raises: TdlibError where it is to be, or where `samples` would not be
+    looked at beside them; BudgetError, before anything is measured.
     """
     if statistics is not None:
         looks = bias_correction or recalibrate or (weigh_outputs and not _given(statistics).weights)
         if sequential or (samples is not None and not looks):
-            name = "sequential" if sequential else "samples"
-            raise TdlibError(f"{name} and statistics exclude one another: statistics stand for other inputs")
-        if sequential is None:
-            warnings.warn("statistics are given, so layers are not fitted in sequence", stacklevel=3)
+            name, mend = ("sequential", "sequential=False") if sequential else ("samples", "no samples")
+            raise TdlibError(
+                f"{name} and statistics exclude one another, statistics stand for other inputs: "
+                f"give {mend}, or no statistics"
+            )
     batches = calibration_batches(data, samples or 1000, seed=seed, device=next(model.parameters()).device)
     cost = count(model, batches[0].shape[1:])
     skip = end_layers(model) if skip is None else skip
@@ -206,7 +207,7 @@ def measured(
     if ratio is not None:
         make_budget(cost.by(by), layers, ratio, by)
     found = statistics_of(model, batches, names, statistics, weigh_outputs, seed, progress, memory_limit)
-    return {"statistics": found, "sequential": sequential is not False and statistics is None}
+    return {"statistics": found}
 
 
 def layer_errors(

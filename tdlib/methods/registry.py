@@ -34,11 +34,11 @@ EVERY = "*"  # among a method's formats: all that are registered
 class Method:
     """One row of the table.
 
-    run: "module:function". formats: that it works in, its own choice first; `EVERY` stands for all. planner:
-    "module:function" of (model, data, *, format, ratio, by, ...) -> plan, where `compress` should not use
-    `planned`. prepare: "module:function" of (model, data, *, ...) -> arguments for planner and run, measured
-    once for both. defaults: arguments that `compress` sets otherwise. finetune_epochs: after the method,
-    where the caller does not say.
+    run: "module:function". paper: whose method it is, then what of it is ours or unverified. formats: that it
+    works in, its own choice first; `EVERY` stands for all. planner: "module:function" of (model, data, *,
+    format, ratio, by, ...) -> plan, where `compress` should not use `planned`. prepare: "module:function" of
+    (model, data, *, ...) -> arguments for planner and run, measured once for both. defaults: arguments that
+    `compress` sets otherwise. finetune_epochs: after the method, where the caller does not say.
     """
 
     run: str
@@ -74,7 +74,8 @@ METHODS: dict[str, Method] = {
         data="for measuring and fine-tuning", labels=False, training="optional fine-tuning",
     ),
     "admm": Method(
-        "tdlib.methods.admm:admm", "Yin et al., CVPR 2021", ("tt", EVERY),
+        "tdlib.methods.admm:admm",
+        "Yin et al., CVPR 2021; uniform ranks, formats beside TT and Tucker-2 (ours)", ("tt", EVERY),
         training="full training, then fine-tuning", finetune_epochs=10,
     ),
     "iterative": Method(
@@ -84,16 +85,24 @@ METHODS: dict[str, Method] = {
         planner="tdlib.methods.iterative:goal",
     ),
     "rstd": Method(
-        "tdlib.methods.rstd:rstd", "Li et al., ICASSP 2019", ("tt", "tr", "cp", "tucker"),
+        "tdlib.methods.rstd:rstd",
+        "Li et al., ICASSP 2019; formats, training from scratch (unverified); modes, ranks (ours)",
+        ("tt", "tr", "cp", "tucker"),
         training="training from scratch through the factors", ratio="close to the target",
         planner="tdlib.methods.rstd:shuffled_plan",
     ),
     "distribution-aware": Method(
         "tdlib.methods.distribution_aware:distribution_aware",
-        "Kalle et al., NeurIPS 2025; ranks by harm, outputs weighted, in sequence (ours)",
+        "Kalle et al., NeurIPS 2025; uniform ranks, TT (ours)",
         ("tucker2", "cp", "cp4", "tt"), data="unlabelled inputs", labels=False,
         prepare="tdlib.methods.distribution_aware:measured",
-        defaults={"rule": "global", "weigh_outputs": True},
+    ),
+    "sequential": Method(
+        "tdlib.methods.distribution_aware:distribution_aware",
+        "ours, after Kalle et al.; ranks by harm, outputs weighed, layers fitted in sequence",
+        ("tucker2", "cp", "cp4", "tt"), data="unlabelled inputs", labels=False,
+        prepare="tdlib.methods.distribution_aware:measured",
+        defaults={"rule": "global", "weigh_outputs": True, "sequential": True},
     ),
 }  # fmt: skip
 
@@ -138,9 +147,10 @@ def compress(
     max_minutes are for the whole. A checkpoint folder belongs to one run: other weights, data or arguments
     are refused before any work. Arguments that would be ignored are refused.
 
-    "distribution-aware" here is the paper's decomposition under Sigma with our three steps beyond it: ranks
-    by harm, outputs weighted, layers fitted in sequence, which keep more accuracy at equal ratio. The paper's
-    own: `rule="uniform", weigh_outputs=False, sequential=False`.
+    "distribution-aware" is the paper's decomposition under Sigma: uniform ranks, every layer by itself.
+    "sequential" is ours and goes three steps beyond it: ranks by harm, outputs weighed, layers fitted in
+    sequence. Both take each step as a switch (`rule`, `weigh_outputs`, `sequential`). Under `statistics` of
+    other data nothing can be fitted in sequence: `sequential=False`.
 
     What was measured on the way is in `tdlib.provenance(result).report`: "method"; "settings", the arguments
     that are numbers or text; "plan", "params_ratio" and "macs_ratio" of the result; with a labelled data set

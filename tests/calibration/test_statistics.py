@@ -272,7 +272,7 @@ def calls(model, data):
         "fisher": lambda: fisher(model, data, ["0"]),
         "recalibrate": lambda: recalibrate_batchnorm(model, data),
         "outputs": lambda: logits(model, data),
-        "compress": lambda: tdlib.compress(model, "distribution-aware", data, ratio=1.5),
+        "compress": lambda: tdlib.compress(model, "sequential", data, ratio=1.5),
     }
 
 

@@ -85,5 +85,5 @@ def test_the_default_method_takes_one_thread_on_a_small_network(monkeypatch):
     evaluate(model, data)
     hook.remove()
     assert forwards == [1]
-    tdlib.compress(model, "distribution-aware", data, ratio=1.5, progress=False)
+    tdlib.compress(model, "sequential", data, ratio=1.5, progress=False)
     assert len(seen) > 20 and set(seen) == {1}

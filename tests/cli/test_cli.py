@@ -85,7 +85,7 @@ COMPRESS = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:p
 UNSORTED = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:unsorted"]
 UNSORTED += ["--method", "direct", "--out", "x.safetensors"]
 TRAINED = ["compress", "--model", "cnn", "--train-epochs", "1", "--data", "imagefolder:photos"]
-TRAINED += ["--method", "distribution-aware", "--out", "x.safetensors"]
+TRAINED += ["--method", "sequential", "--out", "x.safetensors"]
 FOREIGN = ["compress", "--model", "cnn", "--weights", "five.safetensors", "--data", "imagefolder:photos"]
 FOREIGN += ["--out", "x.safetensors"]
 
@@ -206,7 +206,7 @@ def test_machine_readable_output(user):
     )
     plan = json.loads(run("plan", "dense.safetensors", "--ratio", "2", "--json").stdout)
     assert tdlib.planning.Plan.from_dict(plan).ratio == pytest.approx(2, rel=0.02)
-    assert set(json.loads(run("methods", "--json").stdout)) >= {"direct", "admm", "distribution-aware"}
+    assert set(json.loads(run("methods", "--json").stdout)) >= {"direct", "distribution-aware", "sequential"}
 
 
 def test_settings_are_read_as_json_or_python():
@@ -215,18 +215,13 @@ def test_settings_are_read_as_json_or_python():
     assert [common.parse_value(value) for value in values] == read
 
 
-def test_the_help_of_compress_says_how_to_get_the_papers_own_distribution_aware(user):
-    own = re.search(r"--rule uniform --set \S+ --set \w+=false", COMMANDS["compress"].__doc__)[0]
-    start = [*COMPRESS, "--method", "distribution-aware", "--format", "tucker2", "--out"]
-    assert run(*start, "paper.safetensors", *shlex.split(own)).exit_code == 0
-    assert run(*start, "ours.safetensors").exit_code == 0
-    paper, ours = (load_file(f"{name}.safetensors") for name in ("paper", "ours"))
-    switches = {"rule": "uniform", "weigh_outputs": False, "sequential": False, "progress": False}
-    dense, data = tdlib.load("dense.safetensors"), tdlib.data.load("imagefolder:photos")
-    small = tdlib.compress(dense, "distribution-aware", data, ratio=2, format="tucker2", **switches)
-    expected = small.state_dict()
-    assert paper.keys() == expected.keys() and all(torch.equal(paper[name], expected[name]) for name in paper)
-    assert {name: value.shape for name, value in paper.items()} != {name: v.shape for name, v in ours.items()}
+def test_the_default_of_compress_is_ours_and_the_papers_method_keeps_its_name(user):
+    start = ["compress", "--model", "dense.safetensors", "--data", "imagefolder:photos"]
+    paper = run(*start, "--method", "distribution-aware", "--out", "paper.safetensors")
+    ours = run(*start, "--out", "ours.safetensors")
+    assert "\ndistribution-aware: " in paper.stderr and "\nsequential: " in ours.stderr
+    rules = [tdlib.provenance(tdlib.load(f"{name}.safetensors")).plan["rule"] for name in ("paper", "ours")]
+    assert rules == ["uniform", "global"]
 
 
 def test_weights_of_other_classes_with_training_get_a_fresh_last_layer(user):

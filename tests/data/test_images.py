@@ -199,7 +199,7 @@ def test_what_needs_labels_says_so(photos):
     for purpose, call in calls.items():
         with pytest.raises(DataError, match=f"{purpose} needs .*labels"):
             call()
-    small = tdlib.compress(net, "distribution-aware", bundle, ratio=1.5, progress=False)
+    small = tdlib.compress(net, "sequential", bundle, ratio=1.5, progress=False)
     report = tdlib.provenance(small).report
     assert report["params_ratio"] == pytest.approx(1.5, rel=0.02)
     assert not {"dense", "before", "after"} & report.keys()

@@ -194,16 +194,20 @@ def test_recalibration_takes_batchnorm_statistics_of_the_calibration_inputs(
 # -- through compress
 
 
-def test_compress_takes_all_steps_or_the_papers_way(trained, digits, uniform, by_harm):
+def test_the_papers_method_and_ours_have_names_of_their_own(trained, digits, uniform, by_harm):
     quiet = {"samples": SAMPLES, "progress": False}
-    best = tdlib.compress(trained, "distribution-aware", digits, ratio=3, **quiet)
+    best = tdlib.compress(trained, "sequential", digits, ratio=3, **quiet)
     steps = {"sequential": True, "weigh_outputs": True}
     assert same_weights(best, distribution_aware(trained, digits, by_harm, samples=SAMPLES, **steps)[0])
     settings = tdlib.provenance(best).report["settings"]
     assert settings.items() >= {**steps, "rule": "global"}.items()
-    off = dict.fromkeys(steps, False)
-    paper = tdlib.compress(trained, "distribution-aware", digits, ratio=3, rule="uniform", **off, **quiet)
+    paper = tdlib.compress(trained, "distribution-aware", digits, ratio=3, **quiet)
     assert same_weights(paper, distribution_aware(trained, digits, uniform, samples=SAMPLES)[0])
+    steps |= {"rule": "global"}  # under either name the arguments decide
+    switched = tdlib.compress(trained, "distribution-aware", digits, ratio=3, **steps, **quiet)
+    off = {"rule": "uniform", "weigh_outputs": False, "sequential": False}
+    plain = tdlib.compress(trained, "sequential", digits, ratio=3, **off, **quiet)
+    assert same_weights(switched, best) and same_weights(plain, paper)
     theirs, ours = (tdlib.provenance(net).report["after"]["test"] for net in (paper, best))
     assert theirs < ours - 10
 
@@ -212,7 +216,7 @@ def test_unlabelled_batches_are_enough_and_gone_through_once(trained, digits):
     inputs = [x for x, _ in digits.batches("train", 100)]
     settings = {"ratio": 3, "samples": 250, "progress": False}
     listed, once = (
-        tdlib.compress(trained, "distribution-aware", source, **settings) for source in (inputs, iter(inputs))
+        tdlib.compress(trained, "sequential", source, **settings) for source in (inputs, iter(inputs))
     )
     assert same_weights(listed, once)
     assert not {"dense", "before", "after"} & set(tdlib.provenance(once).report)
@@ -223,11 +227,10 @@ def test_statistics_of_other_data_can_be_used(trained, digits, tmp_path):
     inputs = [x.flip(3) for x, _ in digits.batches("train", 200)]
     found = tdlib.statistics(trained, inputs)
     found.save(tmp_path / "other.safetensors")
-    settings = {"ratio": 2, "samples": 200, "progress": False}
-    with pytest.warns(UserWarning, match="not fitted in sequence"):
-        small = tdlib.compress(
-            trained, "distribution-aware", digits, statistics=str(tmp_path / "other.safetensors"), **settings
-        )
+    settings = {"ratio": 2, "samples": 200, "sequential": False, "progress": False}
+    small = tdlib.compress(
+        trained, "sequential", digits, statistics=str(tmp_path / "other.safetensors"), **settings
+    )
     report = tdlib.provenance(small).report
     assert report["settings"]["sequential"] is False and report["before"]["test"] > 50
     assert {row["layer"] for row in report["history"]["layers"]} == set(report["plan"]["layers"])
@@ -238,16 +241,24 @@ def test_statistics_of_other_data_can_be_used(trained, digits, tmp_path):
     plan = planned(trained, digits, format="tucker2", ratio=2, rule="global", statistics=both)
     assert same_weights(small, tdlib.decompose(trained, plan, both))
     with pytest.raises(CheckpointError):
-        tdlib.compress(trained, "distribution-aware", digits, statistics="nowhere.safetensors", **settings)
+        tdlib.compress(trained, "sequential", digits, statistics="nowhere.safetensors", **settings)
+    paper = tdlib.compress(trained, "distribution-aware", digits, ratio=2, statistics=found, progress=False)
+    plan = planned(trained, digits, format="tucker2", ratio=2)
+    assert same_weights(paper, tdlib.decompose(trained, plan, found))
 
 
-@pytest.mark.parametrize("asked", [{"sequential": True}, {"samples": 200, "weigh_outputs": False}])
-def test_what_statistics_exclude_is_refused(trained, digits, asked):
+@pytest.mark.parametrize(
+    ("method", "asked", "excluded"),
+    [
+        ("distribution-aware", {"sequential": True}, "sequential"),
+        ("distribution-aware", {"samples": 200}, "samples"),
+        ("sequential", {}, "sequential"),
+    ],
+)
+def test_what_statistics_exclude_is_refused(trained, digits, method, asked, excluded):
     found = tdlib.statistics(trained, [x for x, _ in digits.batches("train", 200)])
-    with pytest.raises(TdlibError, match=f"{next(iter(asked))} and statistics exclude one another"):
-        tdlib.compress(
-            trained, "distribution-aware", digits, ratio=2, statistics=found, progress=False, **asked
-        )
+    with pytest.raises(TdlibError, match=f"{excluded} and statistics exclude one another"):
+        tdlib.compress(trained, method, digits, ratio=2, statistics=found, progress=False, **asked)
 
 
 def test_a_ratio_that_cannot_be_reached_is_named_before_anything_is_measured(trained, digits, monkeypatch):
@@ -258,7 +269,7 @@ def test_a_ratio_that_cannot_be_reached_is_named_before_anything_is_measured(tra
 
 def test_explicit_ranks(trained, digits):
     small = tdlib.compress(
-        trained, "distribution-aware", digits, ranks={"conv[34]": (6, 6)}, samples=200, progress=False
+        trained, "sequential", digits, ranks={"conv[34]": (6, 6)}, samples=200, progress=False
     )
     about = tdlib.provenance(small)
     assert {n: layer.ranks for n, layer in about.layers.items()} == {"conv3": (6, 6), "conv4": (6, 6)}
@@ -293,9 +304,9 @@ def test_no_inputs_are_an_error(trained, uniform):
 @pytest.mark.parametrize("sequential", [True, False])
 def test_progress_shows_every_stage_and_changes_nothing(trained, digits, capsys, sequential):
     arguments = {"ratio": 2.0, "samples": 40, "sequential": sequential}
-    quiet = tdlib.compress(trained, "distribution-aware", digits, progress=False, **arguments)
+    quiet = tdlib.compress(trained, "sequential", digits, progress=False, **arguments)
     assert capsys.readouterr().err == ""
-    shown = tdlib.compress(trained, "distribution-aware", digits, **arguments)
+    shown = tdlib.compress(trained, "sequential", digits, **arguments)
     bars = capsys.readouterr().err
     assert all(stage in bars for stage in ("statistics", "sensitivity", "ranks", "decomposition"))
     assert same_weights(quiet, shown)
@@ -320,7 +331,7 @@ class Grid(torch.nn.Module):
 def test_linear_layers_on_grids_are_compressed_by_default(size):
     torch.manual_seed(0)
     model, batches = Grid().eval(), [torch.randn(20, 3, size, size) for _ in range(2)]
-    small = tdlib.compress(model, "distribution-aware", batches, ratio=1.3, progress=False)
+    small = tdlib.compress(model, "sequential", batches, ratio=1.3, progress=False)
     assert {"wide", "narrow"} & set(tdlib.provenance(small).layers)
     assert small(batches[0]).shape == (20, 5)
 
@@ -331,12 +342,8 @@ def test_memory_is_asked_for_before_anything_is_measured():
     sigmas = 8 * (8**2 + 16**2)
     for limit in (0, sigmas + 2 * 8 * 16**2):  # enough for the statistics alone
         with pytest.raises(MemoryLimitError, match=r"Sigma of 2 layers \(the largest: narrow"):
-            tdlib.compress(
-                model, "distribution-aware", batches, ratio=1.3, memory_limit=limit, progress=False
-            )
-    small = tdlib.compress(
-        model, "distribution-aware", batches, ratio=1.3, memory_limit=2**20, progress=False
-    )
+            tdlib.compress(model, "sequential", batches, ratio=1.3, memory_limit=limit, progress=False)
+    small = tdlib.compress(model, "sequential", batches, ratio=1.3, memory_limit=2**20, progress=False)
     assert tdlib.provenance(small).layers
 
 
@@ -355,5 +362,5 @@ def test_a_decomposition_under_sigma_asks_for_memory_first(monkeypatch):
 def test_blank_images_still_give_a_network(trained, format, value):
     batches = [torch.full((8, 1, 8, 8), value)] * 2
     with pytest.warns(UserWarning, match="only .* patches"):
-        small = tdlib.compress(trained, "distribution-aware", batches, ratio=2, format=format, progress=False)
+        small = tdlib.compress(trained, "sequential", batches, ratio=2, format=format, progress=False)
     assert all(bool(torch.isfinite(p).all()) for p in small.parameters())
