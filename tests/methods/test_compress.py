@@ -24,7 +24,7 @@ SETTINGS = {
     "admm": ({"epochs": 2, "rho": 0.1, "finetune_epochs": 2}, 90),
     "iterative": ({"stage_epochs": 1}, 90),
     "rstd": ({"epochs": 5, "lr": 0.1}, 85),
-    "distribution-aware": ({"samples": 300}, 85),
+    "distribution-aware": ({"samples": 300}, 90),
     "sequential": ({"samples": 300}, 95),
 }
 
