@@ -147,7 +147,7 @@ def compress(
     max_minutes are for the whole. A checkpoint folder belongs to one run: other weights, data or arguments
     are refused before any work. Arguments that would be ignored are refused.
 
-    "distribution-aware" is the paper's decomposition under Sigma, here at uniform ranks, layer by layer.
+    "distribution-aware" is the paper's decomposition under Sigma, here at uniform ranks, each layer alone.
     "sequential" is ours and goes three steps beyond it: ranks by harm, outputs weighed, layers fitted in
     sequence. Both take each step as a switch (`rule`, `weigh_outputs`, `sequential`). Under `statistics` of
     other data nothing can be fitted in sequence: `sequential=False`.
