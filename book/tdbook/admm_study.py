@@ -89,7 +89,7 @@ def recorder(chosen: SimpleNamespace, images: int) -> Recorder:
         f"{images} training images; {before}, {chosen.epochs} of ADMM or plain training, "
         f"{chosen.finetune_epochs} of fine-tuning; the paper's recipe has 200 each"
     )
-    return Recorder("admm_tt", about, scaled(chosen.profile.replace("modern", "full"), lacks))
+    return Recorder("admm_tt", about, scaled(chosen, lacks))
 
 
 def trained(

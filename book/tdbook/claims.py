@@ -56,6 +56,7 @@ class Measure(Strict):
     minus: Text | None = None
     over: Text | None = None
     equal: list[Text] = Field(default_factory=list)
+    own: list[Text] = Field(default_factory=list)
     beside: Text | None = None
     unit: Text = "points"
 
@@ -83,17 +84,39 @@ class Rule(Strict):
     partly: float
 
 
+class Earlier(Strict):
+    """A rule on an interval, as now, that was: what it had otherwise than the rule that followed."""
+
+    claim: Text | None = None
+    records: Source | None = None
+    measure: Measure | None = None
+    provided: list[Condition] | None = None
+    rule: Rule | None = None
+
+
 class Amendment(Strict):
-    """On this day, for this reason, the rule `was` gave way to the one that follows it."""
+    """On this day, for this reason, the rule `was` gave way to the one that follows it; or conditions were
+    `added` to its `where`, and it was the same without them."""
 
     date: date
     reason: Text
-    was: Former
+    was: Former | Earlier | None = None
+    added: list[Text] = Field(default_factory=list)
+
+    def before(self, then: Claim) -> Claim:
+        """The rule before this change, as the claim that it made. then: the one after it."""
+        given: dict[str, Any] = {"since": date.min, "amendments": []}
+        if isinstance(self.was, Earlier):
+            given |= {name: getattr(self.was, name) for name in self.was.model_fields_set}
+        if self.added:
+            where = {name: value for name, value in then.records.where.items() if name not in self.added}
+            given["records"] = then.records.model_copy(update={"where": where})
+        return then.model_copy(update=given)
 
 
 class Claim(Strict):
     """One entry of the ledger. headline: of the paper's title or abstract. Without a paper it is the book's
-    own. since: the day of the present rule."""
+    own. since: the day of the present rule. seen: what was known of its figures before that."""
 
     id: Annotated[str, Field(pattern="^[a-z0-9-]+$")]
     paper: Text | None = None
@@ -101,6 +124,7 @@ class Claim(Strict):
     claim: Text
     reported: Reported | None = None
     since: date
+    seen: Text | None = None
     records: Source
     measure: Measure
     provided: list[Condition] = Field(default_factory=list)
@@ -113,6 +137,15 @@ class Claim(Strict):
             if wrong:
                 raise ValueError(f"claim {self.id}: {text}")
         return self
+
+    def former(self) -> list[tuple[Amendment, Former | Claim]]:
+        """Every amendment with the rule that it replaced; one on an interval as the claim that it made."""
+        found: list[tuple[Amendment, Former | Claim]] = []
+        then = self
+        for change in reversed(self.amendments):
+            then = change.before(then)
+            found.insert(0, (change, change.was if isinstance(change.was, Former) else then))
+        return found
 
 
 def _of_the_paper(claim: Claim) -> dict[str, bool]:
@@ -138,6 +171,9 @@ def _of_the_rule(claim: Claim) -> dict[str, bool]:
         "amendments go from the first to the last, which is the day of the present rule": dates
         != sorted(dates)
         or claim.since != (dates or [claim.since])[-1],
+        "an amendment says what the rule was, or which conditions were added": any(
+            bool(one.was and one.was.model_fields_set) == bool(one.added) for one in claim.amendments
+        ),
     }
 
 

@@ -1,7 +1,7 @@
 """Rules that an amendment of the ledger replaced, judged as they were: by the mean of all that matches.
 
-They count no longer, since they pool what differs and know no interval. What they say of the records stands
-beside the present verdict, so that no change of a rule hides a result.
+They count no longer, since they pool what differs and know no interval. What they say of the records of their
+time stands beside the present verdict, so that no change of a rule hides a result.
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ class Reading:
     mean: float | None
     seeds: int
     wanted: int
+    kind: str
+
+    @property
+    def figure(self) -> str | None:
+        """The mean with its unit."""
+        if self.mean is None:
+            return None
+        return f"{self.mean:.2f} ×" if self.kind == "value" else f"{self.mean:+.2f} points"
 
 
 def judge(was: Former, records: Sequence[Mapping[str, Any]]) -> Reading:
@@ -74,7 +82,7 @@ def judge(was: Former, records: Sequence[Mapping[str, Any]]) -> Reading:
     theirs = _table(mine, was.records.where | was.records.versus) if was.records.versus else ours.iloc[:0]
     measured = _MEASURES[was.measure.kind](ours, theirs, was.measure)
     if measured.empty:
-        return Reading("not run yet", None, 0, was.rule.seeds)
+        return Reading("not run yet", None, 0, was.rule.seeds, was.measure.kind)
     per_seed = measured.groupby("seed")["value"].mean()
     mean, seeds = float(per_seed.mean()), len(per_seed)
     verdict = "not reproduced"
@@ -82,7 +90,7 @@ def judge(was: Former, records: Sequence[Mapping[str, Any]]) -> Reading:
         verdict = "partly"
     if mean >= was.rule.reproduced and seeds >= was.rule.seeds:
         verdict = "reproduced"
-    return Reading(verdict, mean, seeds, was.rule.seeds)
+    return Reading(verdict, mean, seeds, was.rule.seeds, was.measure.kind)
 
 
 def _table(records: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> pd.DataFrame:

@@ -13,17 +13,25 @@ import tdlib
 from tdlib.data import Bundle
 from tdlib.errors import unknown
 
+#: Settings of length, data and rate: with one of them changed, a run is not its profile's.
+SIZES = (
+    "limit", "image_size", "samples", "batch_size", "epochs", "dense_epochs", "finetune_epochs",
+    "trial_epochs", "warmup", "patience", "lr", "finetune_lr", "rates",
+)  # fmt: skip
+
 
 def recipe(profile: str, profiles: Mapping[str, Mapping[str, Any]], **given: Any) -> SimpleNamespace:
     """The profile's name and settings, those that are given (not None) in their place; read as attributes.
 
     `ratio` becomes `ratios`, a list of numbers, and `seeds` (how many) the list of seeds from `seed` on.
+    `changed`: the SIZES that are not the profile's own.
     Raises: UnknownName for a profile.
     """
     if profile not in profiles:
         raise unknown("profile", profile, profiles)
     found = SimpleNamespace(profile=profile, **profiles[profile])
     vars(found).update({name: value for name, value in given.items() if value is not None})
+    found.changed = [name for name in SIZES if getattr(found, name, None) != profiles[profile].get(name)]
     if getattr(found, "ratio", None) is not None:
         found.ratios = listed(found.ratio)
     first = getattr(found, "seed", 0)
@@ -34,8 +42,8 @@ def recipe(profile: str, profiles: Mapping[str, Mapping[str, Any]], **given: Any
 def identity(chosen: SimpleNamespace) -> dict[str, Any]:
     """The settings that make a run what it is, for `Recorder`: all but the ratios and seeds run over. A file
     of weights counts by its name and content, wherever it lies."""
-    loops = ("ratio", "ratios", "seed", "seeds")
-    found = {name: value for name, value in vars(chosen).items() if name not in loops}
+    others = ("ratio", "ratios", "seed", "seeds", "changed")
+    found = {name: value for name, value in vars(chosen).items() if name not in others}
     weights = Path(str(found.get("weights") or ""))
     if weights.is_file():
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
@@ -43,9 +51,12 @@ def identity(chosen: SimpleNamespace) -> dict[str, Any]:
     return found
 
 
-def scaled(profile: str, what: str) -> str:
-    """A record's `scale`: the profile, and `what` was reduced unless it is quick or full."""
-    return profile if profile in ("quick", "full") else f"reduced: {what}"
+def scaled(chosen: SimpleNamespace, what: str) -> str:
+    """A record's `scale`: "quick", "full" of the full profile with its own sizes, else `what` was reduced."""
+    if chosen.profile == "quick" or (chosen.profile == "full" and not chosen.changed):
+        return str(chosen.profile)
+    own = f"; the profile's own but for {', '.join(chosen.changed)}" if chosen.changed else ""
+    return f"reduced: {what}{own}"
 
 
 def folder(checkpoint_dir: str | None, *names: str) -> Path | None:

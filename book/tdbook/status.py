@@ -9,7 +9,7 @@ from typing import Any
 
 from tdbook import papers, style, tables
 from tdbook.claims import Claim, Reported
-from tdbook.former import Former, Reading
+from tdbook.former import Reading
 from tdbook.verdicts import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
@@ -41,7 +41,6 @@ _WORDS = {
 }  # fmt: skip
 
 
-
 def markdown(verdicts: Sequence[Verdict]) -> str:
     """All claims, those of the abstracts first, a row for each setting; settings not run share one."""
     parts = []
@@ -60,7 +59,8 @@ def counts(verdicts: Sequence[Verdict]) -> str:
         mine = [one for one in verdicts if (one.claim.paper is None) is own]
         claims, found = len(_by_claim(mine)), Counter(one.verdict for one in mine)
         said = ", ".join(f"{_OWN.get(kind, kind) if own else kind} {found[kind]}" for kind in kinds)
-        lines.append(f"{_number(claims, 'claim')} {whose} in {_number(len(mine), 'setting')}: {said}.")
+        scale = ", all at reduced scale" if mine and all(map(_at_reduced_scale, mine)) else ""
+        lines.append(f"{_number(claims, 'claim')} {whose} in {_number(len(mine), 'setting')}{scale}: {said}.")
     return " ".join(lines)
 
 
@@ -73,8 +73,9 @@ def amendments(verdicts: Sequence[Verdict]) -> str:
     lines = []
     for rows in _by_claim(verdicts):
         for change, was in rows[0].former:
-            wording = f" (“{change.was.claim}”)" if change.was.claim else ""
-            said = f"Until then{wording}: {_former(change.was, was)}."
+            wording = f" (“{change.was.claim}”)" if change.was and change.was.claim else ""
+            without = f", without conditions on {', '.join(change.added)}" if change.added else ""
+            said = f"Until then{wording}{without}: {_former(was) or NOT_RUN}."
             lines.append(f"- *{rows[0].claim.id}*, {change.date}: {change.reason.strip()} {said}")
     return "\n".join(lines)
 
@@ -92,9 +93,8 @@ def _rows(verdicts: list[Verdict]) -> list[dict[str, str]]:
     open_ = [v for v in verdicts if v.verdict == NOT_RUN and v.reduced is None]
     run = [[v] for v in verdicts if v not in open_]
     rows = [_row(group) for group in [*run, *([open_] if open_ else [])]]
-    said = [(change.was, was) for change, was in verdicts[0].former if was.mean is not None]
-    former = [f"by a former rule: {_former(*one)}" for one in said]
-    rows[0]["Verdict"] = _lines(rows[0]["Verdict"], *former)
+    said = filter(None, (_former(was) for _, was in verdicts[0].former))
+    rows[0]["Verdict"] = _lines(rows[0]["Verdict"], *(f"by a former rule: {one}" for one in said))
     for row in rows[1:]:
         row["Claim"] = "″"
     return rows
@@ -104,11 +104,12 @@ def _row(verdicts: list[Verdict]) -> dict[str, str]:
     """A row; of several verdicts, none of which was run."""
     first = verdicts[0]
     claim, found = first.claim, first.found
+    seen = claim.seen and f"seen before: {claim.seen}"
     return {
-        "Claim": _lines(claim.claim, _stated(claim), _rule(claim)),
+        "Claim": _lines(claim.claim, _stated(claim), _rule(claim), seen),
         "Setting and runs": _lines(settings([v.setting for v in verdicts]), _runs(found)),
         "Measured": _lines(_difference(found, claim), _sides(found, claim.measure.unit)),
-        "Verdict": _lines(_verdict(found, claim), _reduced(first.reduced, claim)),
+        "Verdict": _lines(_verdict(first), _reduced(first.reduced, claim)),
     }
 
 
@@ -198,8 +199,17 @@ def _difference(found: Finding, claim: Claim) -> str | None:
     return f"{text}; {spelt(*found.beside, claim.measure.unit)} against {_word(claim.measure.beside or '')}"
 
 
-def _verdict(found: Finding, claim: Claim) -> str:
-    return f"**{_called(found.reading, claim)}**" + (f": {'; '.join(found.why)}" if found.why else "")
+def _verdict(verdict: Verdict) -> str:
+    found = verdict.found
+    judged = found.reading not in (NOT_RUN, INCONCLUSIVE)
+    scale = "reduced: " if judged and _at_reduced_scale(verdict) else ""
+    why = f": {'; '.join(found.why)}" if found.why else ""
+    return f"**{scale}{_called(found.reading, verdict.claim)}**{why}"
+
+
+def _at_reduced_scale(verdict: Verdict) -> bool:
+    """Whether it is of reduced runs, as a claim of the book's own may be."""
+    return bool(verdict.setting["profile"] == "reduced")
 
 
 def _reduced(found: Finding | None, claim: Claim) -> str | None:
@@ -211,10 +221,17 @@ def _reduced(found: Finding | None, claim: Claim) -> str | None:
     return f"no verdict, {': '.join(filter(None, [_runs(found), figures, read]))}"
 
 
-def _former(rule: Former, read: Reading) -> str:
-    """What a former rule says: "not reproduced (-1.33 points, 1 of 3 seeds)"."""
-    if read.mean is None:
-        return read.verdict
-    figure = f"{read.mean:.2f} ×" if rule.measure.kind == "value" else f"{read.mean:+.2f} points"
-    few = f" of {read.wanted}" if read.seeds < read.wanted else ""
-    return f"{read.verdict} ({figure}, {read.seeds}{few} seed{'s' if read.seeds > 1 or few else ''})"
+def _former(said: Reading | list[Verdict]) -> str | None:
+    """What a former rule says, as in "not reproduced (-1.33 points, 1 of 3 seeds)", if anything."""
+    if isinstance(said, Reading):
+        few = f" of {said.wanted}" if said.seeds < said.wanted else ""
+        seeds = f"{said.seeds}{few} seed{'s' if said.seeds > 1 or few else ''}"
+        return None if said.figure is None else f"{said.verdict} ({said.figure}, {seeds})"
+    several, parts = len(said) > 1, []
+    for one in said:
+        where = f"{settings([one.setting])}: " if several else ""
+        for scale, found in (("", one.found), ("reduced: ", one.reduced)):
+            if found is not None and found.mean is not None:
+                figure = f"{_difference(found, one.claim)}, {_number(found.seeds, 'seed')}"
+                parts.append(f"{where}{scale}{_called(found.reading, one.claim)} ({figure})")
+    return "; ".join(parts) or None

@@ -1,8 +1,8 @@
 """Verdicts on the ledger's claims, computed from records.
 
 A verdict rests on an interval: the 95 % confidence interval of the mean difference over seeds. All of it has
-to lie on one side of the rule's threshold, otherwise the claim stays inconclusive; so it does with one seed,
-however large the effect.
+to lie on one side of the rule's threshold, otherwise the claim stays inconclusive; so it does with fewer than
+three seeds, however large the effect, and where the records are no evidence (`tdbook.evidence`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 
 from scipy.stats import norm, t
 
-from tdbook import former
+from tdbook import evidence, former
 from tdbook.claims import Amendment, Claim, Condition, Measure, Rule
 
 NOT_RUN, INCONCLUSIVE = "not run yet", "inconclusive"
 REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
 CONFIDENCE = 0.95
+SEEDS = 3  # that a verdict needs: the interval of two rests on one difference of theirs
 
-Record = Mapping[str, Any]
+Record = evidence.Record
 PerSeed = dict[Any, float]
 Interval = tuple[float, float]
 
@@ -58,14 +59,15 @@ class Finding:
 class Verdict:
     """The verdict on a claim in one setting; reduced: what runs of reduced scale say, which is no verdict.
 
-    former: the claim's amendments, each with what the rule that it replaced says of all its records.
+    former: the claim's amendments, each with what the rule that it replaced says of the records up to that
+    day; a rule on an interval has a finding for each setting.
     """
 
     claim: Claim
     setting: Mapping[str, Any]
     found: Finding
     reduced: Finding | None
-    former: tuple[tuple[Amendment, former.Reading], ...]
+    former: tuple[tuple[Amendment, former.Reading | list[Verdict]], ...]
 
     @property
     def verdict(self) -> str:
@@ -85,12 +87,11 @@ class _Side:
 def judge(claim: Claim, records: Sequence[Record], old: Sequence[Record] = ()) -> list[Verdict]:
     """The verdicts on one claim, one for each of its settings.
 
-    records: mappings with `chapter`, `parameters` (the seed among them), `metrics`, `scale` and `created`,
-    and where known `settings`, `start` and `data`. old: records that feed no verdict; the former rules read
-    them too.
+    records: as `records.read_record` gives them. old: records that feed no verdict, which former rules read
+    too.
     """
     mine = [r for r in records if r["chapter"] == claim.records.chapter]
-    was = tuple((one, former.judge(one.was, [*old, *records])) for one in claim.amendments)
+    was = tuple((change, _formerly(rule, change, [*old, *records])) for change, rule in claim.former())
     verdicts = []
     for where in claim.records.settings:
         reduced = None
@@ -106,6 +107,14 @@ def judge_all(
 ) -> list[Verdict]:
     """Verdicts in the ledger's order."""
     return [verdict for claim in claims for verdict in judge(claim, records, old)]
+
+
+def _formerly(
+    rule: former.Former | Claim, change: Amendment, records: Sequence[Record]
+) -> former.Reading | list[Verdict]:
+    """What a former rule says of the records up to the day of its end; later ones do not touch it."""
+    known = [r for r in records if r["created"][:10] <= change.date.isoformat()]
+    return judge(rule, known) if isinstance(rule, Claim) else former.judge(rule, known)
 
 
 def interval(differences: Sequence[float], error: float = 0.0) -> Interval | None:
@@ -192,15 +201,20 @@ def _measured(
     best, other = a.values[next(iter(ours))], b.values[next(iter(theirs))]
     sign = -1 if measure.over else 1
     differences = [best[seed] if alone else sign * (best[seed] - other[seed]) for seed in seeds]
-    why, error = _unequal(a, b, seeds, measure.equal), 0.0
+    compared, error = [*(versus or {}), *measure.own], 0.0
+    why = evidence.refused(used, where["profile"])
+    if not alone:
+        why += evidence.unequal(
+            a.records, b.records, seeds, compared=compared, over=measure.over, equal=measure.equal
+        )
     accuracies = measure.over is None and measure.unit == "points"
     if accuracies and not about["labels"]:
         if images is None:
             why.append("its records do not say on how many images they were tested")
         else:
             error = _sampling([max(means.values()) for means in (ours, theirs)[: 1 if alone else 2]], images)
-    if len(seeds) < 2:
-        why.append("one seed")
+    if len(seeds) < SEEDS:
+        why.append(f"{len(seeds)} of the {SEEDS} seeds that a verdict needs")
     return Finding(
         INCONCLUSIVE, seeds=len(seeds), ours=ours, theirs={} if alone else theirs, mean=fmean(differences),
         interval=interval(differences, error), beside=_beside(measure, records, where, best), why=tuple(why),
@@ -237,41 +251,7 @@ def _side(
             values[metric] = {seed: max(run) - min(run) for seed, run in whole.items()}
     lacking = [metric for metric in metrics if found and not values[metric]]
     problems = [f"its records lack {', '.join(lacking)}"] if lacking else []
-    return _Side(found, values, problems + _mixed(found, over))
-
-
-def _mixed(records: Sequence[Record], over: str | None) -> list[str]:
-    """What tells records apart that should be one setting: figures of different settings are never pooled."""
-    loops = [name for name in ("seed", over) if name]
-    settings = [
-        {name: value for name, value in r["parameters"].items() if name not in loops}
-        | {"data": r.get("data")}
-        | {f"{part} {name}": v for part, given in r.get("settings", {}).items() for name, v in given.items()}
-        for r in records
-    ]
-    names = dict.fromkeys(name for one in settings for name in one)
-    differing = [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
-    if differing:
-        return [f"its records differ in {', '.join(differing)}"]
-    runs = {tuple(r["parameters"].get(name) for name in loops) for r in records}
-    return ["two records of one run"] if len(runs) < len(records) else []
-
-
-def _unequal(a: _Side, b: _Side, seeds: Sequence[Any], metrics: Sequence[str]) -> list[str]:
-    """What differs at a seed though both sides must share it: the network that they start from, the data and
-    these metrics."""
-    runs = [
-        {
-            r["parameters"].get("seed"): {**r["metrics"], **{k: r.get(k) for k in ("start", "data")}}
-            for r in side.records
-        }
-        for side in (a, b)
-    ]
-    return [
-        f"the two sides differ in {name}"
-        for name in ("start", "data", *metrics)
-        if any(runs[0][seed].get(name) != runs[1][seed].get(name) for seed in seeds)
-    ]
+    return _Side(found, values, problems + evidence.mixed(found, over))
 
 
 def _means(values: Mapping[str, PerSeed], seeds: Sequence[Any], descending: bool) -> dict[str, float]:

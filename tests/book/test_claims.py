@@ -63,6 +63,7 @@ def amended(*days: str) -> dict:
         (where(dataset=["a", "b"]), "dataset: one value each"),
         (where(profile="reduced"), "judged at profile full"),
         (amended("2026-11-20"), "the day of the present rule"),
+        ({"amendments": [{"date": "2026-11-21", "reason": "so", "was": {}}]}, "what the rule was"),
         (amended("2026-11-22", "2026-11-21"), "from the first to the last"),
     ],
 )

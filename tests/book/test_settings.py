@@ -8,6 +8,7 @@ from tdbook import settings
 from tdlib.errors import UnknownName
 
 PROFILES = {"quick": {"ratio": [2, 4], "epochs": 1, "lr": 0.1}, "full": {"ratio": 3, "epochs": 90, "lr": 0.1}}
+PROFILES |= {"reduced": PROFILES["full"], "modern": PROFILES["full"]}
 
 
 def test_what_is_given_takes_the_place_of_the_profiles():
@@ -27,9 +28,14 @@ def test_a_runs_identity_leaves_out_what_it_runs_over():
     assert settings.identity(recipe) == {"profile": "quick", "epochs": 1, "lr": 0.1}
 
 
-def test_scale_says_what_was_reduced():
-    assert settings.scaled("full", "5 epochs") == "full"
-    assert settings.scaled("reduced", "5 epochs") == "reduced: 5 epochs"
+def test_scale_is_full_only_where_nothing_of_the_full_profile_was_reduced():
+    def scale(profile, **given):
+        return settings.scaled(settings.recipe(profile, PROFILES, **given), "5 epochs")
+
+    assert scale("full") == scale("full", epochs=90, ratio=9, seeds=3, precision="bf16") == "full"
+    assert scale("full", epochs=1, limit=200) == "reduced: 5 epochs; the profile's own but for limit, epochs"
+    assert scale("full", lr=0.2).startswith("reduced") and scale("full", batch_size=8).startswith("reduced")
+    assert scale("reduced") == scale("modern") == "reduced: 5 epochs" and scale("quick", epochs=2) == "quick"
 
 
 @pytest.mark.parametrize("value", [[2, 4.5], (2, 4.5), "2, 4.5", "2,4.5"])

@@ -12,6 +12,7 @@ from tdbook.claims import Claim
 
 DAY = date(2026, 11, 21)
 SETTING = {"dataset": "cifar10", "model": "resnet20", "format": "tt", "ratio": 2.0, "by": "params"}
+TRACED = {"schema": 2, "git": {"commit": "a" * 40, "dirty": False}, "start": "c" * 64, "data": "d" * 64}
 ORDER = [verdicts.NOT_REPRODUCED, verdicts.INCONCLUSIVE, verdicts.PARTLY, verdicts.REPRODUCED]
 
 
@@ -20,13 +21,13 @@ def run(seed: int, accuracy: float | None = None, method: str = "ours", **more) 
     setting = {
         **SETTING,
         "profile": "full",
-        **{k: more.pop(k) for k in [*SETTING, "profile", "lr"] if k in more},
+        **{k: more.pop(k) for k in [*SETTING, "profile", "lr", "rho"] if k in more},
     }
-    about = {k: more.pop(k) for k in ("start", "data", "created", "settings") if k in more}
+    about = {k: more.pop(k) for k in (*TRACED, "created", "settings", "scale") if k in more}
     metrics = {"labels": True, "n": 1000, **more} | ({} if accuracy is None else {"acc": accuracy})
-    scale = "full" if setting["profile"] == "full" else "reduced: less"
+    scale = "reduced: less" if setting["profile"] == "reduced" else setting["profile"]
     return {"chapter": "c", "parameters": {**setting, "method": method, "seed": seed}, "metrics": metrics,
-            "scale": scale, "created": "2026-11-22T00:00:00Z", **about}  # fmt: skip
+            "scale": scale, "created": "2026-11-22T00:00:00Z", **TRACED, **about}  # fmt: skip
 
 
 def claim(versus: str | None = "theirs", *, ratio: object = 2.0, each: list | None = None, **more) -> Claim:
@@ -60,7 +61,8 @@ def one(entry: Claim, runs: list[dict], old: list[dict] | None = None) -> verdic
         ([1.5, -0.5, 0.6], "inconclusive"),  # the interval holds both thresholds
         ([0.1, -0.1, 0.0], "inconclusive"),  # it holds the lower one
         ([0.9, 1.0, 1.1], "partly"),  # it holds the upper one
-        ([50.0], "inconclusive"),  # one seed, however large the effect
+        ([50.0, 50.0], "inconclusive"),  # fewer than three seeds, however large and equal the effect
+        ([50.0], "inconclusive"),
         ([], "not run yet"),
     ],
 )
@@ -103,7 +105,7 @@ def test_a_test_set_adds_to_the_interval_only_where_nothing_was_trained():
 def test_verdicts_only_rise_when_our_side_gets_better():
     rng = np.random.default_rng(1)
     for _ in range(25):
-        gains = rng.normal(-2, rng.uniform(0.1, 1.5), rng.integers(2, 6))
+        gains = rng.normal(-2, rng.uniform(0.1, 1.5), rng.integers(3, 6))
         ranks = [ORDER.index(one(claim(), pairs(gains + shift)).verdict) for shift in np.linspace(0, 5, 16)]
         assert ranks == sorted(ranks)
 
@@ -112,6 +114,7 @@ def test_seeds_are_paired_and_only_those_that_both_sides_have():
     runs = [run(0, 60.0), run(1, 70.0), run(2, 99.0), run(0, 58.0, "theirs"), run(1, 68.0, "theirs")]
     found = one(claim(), runs).found
     assert found.seeds == 2 and found.interval == (pytest.approx(2.0), pytest.approx(2.0))
+    assert found.why == ("2 of the 3 seeds that a verdict needs",)
     assert one(claim(), [run(0, 60.0), run(1, 58.0, "theirs")]).found.why == ("the two sides share no seed",)
 
 
@@ -146,7 +149,7 @@ def test_a_range_counts_where_all_ratios_were_run():
 
 def test_every_setting_has_a_verdict_of_its_own_and_is_never_pooled():
     entry = claim(each=[{"ratio": 2.0}, {"ratio": 4.0}])
-    found = verdicts.judge(entry, pairs([2.0, 2.1]) + pairs([-2.0, -2.1], ratio=4.0))
+    found = verdicts.judge(entry, pairs([2.0, 2.1, 2.2]) + pairs([-2.0, -2.1, -2.2], ratio=4.0))
     assert [v.verdict for v in found] == ["reproduced", "not reproduced"]
 
 
@@ -164,25 +167,77 @@ def test_records_that_differ_in_a_setting_carry_no_verdict(other, named):
     assert found.verdict == "inconclusive" and named in found.found.why[0] and found.found.mean is None
 
 
-@pytest.mark.parametrize("other", [{"start": "a" * 64}, {"epochs": 9}])
-def test_sides_of_other_starts_or_unequal_training_carry_no_verdict(other):
-    runs = pairs([2.0, 2.1], start="c" * 64, epochs=4)
-    entry = claim(measure={"metric": "acc", "equal": ["epochs"]})
-    assert one(entry, runs).verdict == "reproduced"
-    uneven = [
-        *runs[:2],
-        *(run(s, 60.0, "theirs", **{"start": "c" * 64, "epochs": 4, **other}) for s in range(2)),
-    ]
+SAME = {"epochs": 4, "settings": {"tune": {"function": "f", "precision": "no"}, "epoch": {"lr": 0.1}}}
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"start": "a" * 64}, "start"),
+        ({"data": "a" * 64}, "data"),
+        ({"epochs": 9}, "epochs"),
+        ({"epochs": None}, "epochs"),
+        ({"lr": 0.2}, "lr"),  # a parameter, which the other side lacks
+        ({"settings": {"tune": {"function": "f", "precision": "bf16"}}}, "tune precision"),
+        ({"settings": {"tune": {"function": "g", "more": 1}, "epoch": {"lr": 9}, "run": {"lr": 9}}}, None),
+        ({"rho": 0.1}, None),  # a side's own, the claim says
+    ],
+)
+def test_sides_that_differ_in_more_than_what_is_compared_carry_no_verdict(other, named):
+    entry = claim(measure={"metric": "acc", "equal": ["epochs"], "own": ["rho"]})
+    uneven = [run(s, 62.0, **SAME) for s in range(3)]
+    uneven += [run(s, 60.0, "theirs", **{**SAME, **other}) for s in range(3)]
     found = one(entry, uneven)
-    assert found.verdict == "inconclusive" and found.found.why == (
-        f"the two sides differ in {next(iter(other))}",
-    )
+    assert found.verdict == ("inconclusive" if named else "reproduced") and found.found.mean == 2.0
+    assert found.found.why == ((f"the two sides differ in {named}",) if named else ())
+
+
+def test_what_neither_side_says_is_not_shared():
+    found = one(claim(measure={"metric": "acc", "equal": ["epochs"]}), pairs([2.0, 2.1, 2.2]))
+    assert found.verdict == "inconclusive" and found.found.why == ("the two sides differ in epochs",)
+
+
+def test_a_setting_of_one_side_can_be_its_own():
+    entry = claim(measure={"metric": "acc", "own": ["tune lr"]})
+    runs = [run(s, 62.0, settings={"tune": {"lr": 0.1}}) for s in range(3)]
+    runs += [run(s, 60.0, "theirs", settings={"tune": {"lr": 0.2}}) for s in range(3)]
+    assert one(entry, runs).verdict == "reproduced"
+
+
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_a_range_compares_the_two_sides_at_every_ratio(ratio):
+    entry = claim(ratio=[2, 4], measure={"metric": "acc", "over": "ratio", "equal": ["epochs"]})
+    runs = [run(s, a, m, ratio=r, epochs=9 if (m, r) == ("ours", ratio) else 4)
+            for s in range(3) for m, r, a in
+            [("ours", 2, 60.0), ("ours", 4, 59.0), ("theirs", 2, 60.0), ("theirs", 4, 50.0)]]  # fmt: skip
+    found = one(entry, runs)
+    assert found.verdict == "inconclusive" and found.found.why == ("the two sides differ in epochs",)
+    same = [r | {"metrics": r["metrics"] | {"epochs": 4}} for r in runs]
+    assert one(entry, same).verdict == "reproduced"
+
+
+@pytest.mark.parametrize(
+    ("lack", "named"),
+    [
+        ({"start": None}, "network that it started from"),
+        ({"schema": 1}, "older schema"),
+        ({"git": {"commit": "a" * 40, "dirty": True}}, "committed code"),
+        ({"git": None}, "committed code"),
+        ({"scale": "quick"}, "not of its scale (quick)"),
+        ({"scale": "reduced: 200 images, 1 epoch"}, "not of its scale (reduced: 200 images"),
+    ],
+)
+def test_runs_that_cannot_be_traced_or_are_smaller_than_they_say_carry_no_verdict(lack, named):
+    for runs in (pairs([2.0, 2.1, 2.2], **lack), [*pairs([2.0, 2.1, 2.2])[1:], run(0, 62.0, **lack)]):
+        found = one(claim(), runs)
+        assert found.verdict == "inconclusive" and any(named in why for why in found.found.why)
+        assert found.found.mean == pytest.approx(2.1)  # shown all the same
 
 
 def test_reduced_runs_are_shown_and_are_never_the_verdict():
     found = one(claim(), pairs([2.0, 2.1, 2.2], profile="reduced"))
     assert found.verdict == "not run yet" and found.reduced.reading == "reproduced"
-    both = one(claim(), pairs([2.0, 2.1, 2.2], profile="reduced") + pairs([-2.0, -2.1]))
+    both = one(claim(), pairs([2.0, 2.1, 2.2], profile="reduced") + pairs([-2.0, -2.1, -2.2]))
     assert both.verdict == "not reproduced" and both.reduced.mean == pytest.approx(2.1)
     text = status.markdown([both])
     assert "reduced: less; 3 seeds, 1 starting network, 1,000 images measured: +2.10" in text
@@ -208,14 +263,39 @@ def test_a_changed_rule_is_shown_with_what_it_said_of_all_records():
         "rule": {"reproduced": 1.0, "partly": 0.0, "seeds": 3},
     }
     entry = claim(amendments=[{"date": DAY, "reason": "It knew no interval.", "was": was}])
-    found = one(entry, [], old=pairs([-1.33], profile="reduced"))
+    then = pairs([-1.33], profile="reduced", created=f"{DAY}T23:00:00Z")
+    later = pairs([9.0, 9.0, 9.0], profile="reduced")  # no part of what that rule said
+    found = one(entry, later, old=then)
     assert found.verdict == "not run yet" and found.former[0][1].verdict == "not reproduced"
     assert "not reproduced (-1.33 points, 1 of 3 seeds)" in status.markdown([found])
     assert f"{DAY}: It knew no interval. Until then: not reproduced (-1.33" in status.amendments([found])
 
 
+def test_an_earlier_rule_on_an_interval_is_judged_by_its_own_records_and_bounds():
+    source = {"chapter": "c", "where": {**SETTING, "method": "older", "profile": "full"},
+              "each": [{"ratio": 2.0}, {"ratio": 4.0}], "versus": {"method": "theirs"}}  # fmt: skip
+    strict = {"rule": {"reproduced": 9.0, "partly": 0.0}}
+    changes = [{"date": DAY, "reason": "Two ratios.", "was": {"records": source}},
+               {"date": DAY, "reason": "Any network.", "added": ["model"]},
+               {"date": DAY, "reason": "Too strict.", "was": strict}]  # fmt: skip
+    entry = claim(amendments=changes)
+    then = {"created": f"{DAY}T01:00:00Z"}
+    runs = pairs([2.0, 2.1, 2.2], **then) + [run(s, 50.0 + s / 9, "older", **then) for s in range(3)]
+    runs += [run(s, 61.0, m, model="other", **then) for s in range(3, 5) for m in ("ours", "theirs")]
+    found = one(entry, [*runs, run(3, 99.0), run(3, 0.0, "theirs")])
+    (_, (first, other)), (_, (wide,)), (_, (second,)) = found.former
+    assert [v.verdict for v in (first, other, second)] == ["not reproduced", "not run yet", "partly"]
+    assert "differ in model" in wide.found.why[0]  # as the rule pooled them
+    assert second.found.seeds == 3 and found.found.seeds == 4
+    text = status.markdown([found])
+    assert "by a former rule: CIFAR-10, ResNet-20, TT, 2× parameters: not reproduced (-9.89" in text
+    assert "by a former rule: partly (+2.10 [+1.85; +2.35] points, 3 seeds)" in text
+    listed = status.amendments([found])
+    assert "Until then: partly (+2.10" in listed and "Until then, without conditions on model: " in listed
+
+
 def test_a_rule_younger_than_its_runs_says_so():
-    early = pairs([2.0, 2.1], created="2026-11-20T00:00:00Z")
+    early = pairs([2.0, 2.1, 2.2], created="2026-11-20T00:00:00Z")
     found = one(claim(), early)
     assert found.verdict == "reproduced" and "older than the rule" in found.found.why[0]
 
@@ -238,9 +318,9 @@ def test_a_row_says_on_how_many_networks_it_rests_and_what_its_seeds_were():
 
 def test_verdicts_are_counted_by_kind_those_of_the_book_apart():
     fields = {k: v for k, v in claim().model_dump().items() if k not in ("paper", "reported")}
-    ours = one(Claim.model_validate(fields), pairs([-2.0, -2.1]))
+    ours = one(Claim.model_validate(fields), pairs([-2.0, -2.1, -2.2]))
     open_ = verdicts.judge(claim(each=[{"ratio": 2.0}, {"ratio": 4.0}]), [])
-    papers, book = status.counts([one(claim(), pairs([2.0, 2.1])), *open_, ours]).split(". ")
+    papers, book = status.counts([one(claim(), pairs([2.0, 2.1, 2.2])), *open_, ours]).split(". ")
     assert papers.endswith(
         "in 3 settings: reproduced 1, partly 0, not reproduced 0, inconclusive 0, not run yet 2"
     )
@@ -256,5 +336,11 @@ def test_settings_that_were_not_run_share_a_row():
 
 def test_the_books_own_claims_hold_or_not():
     fields = {k: v for k, v in claim().model_dump().items() if k not in ("paper", "reported")}
-    text = status.markdown([one(Claim.model_validate(fields), pairs([2.0, 2.1]))])
-    assert "The book's own" in text and "**holds**" in text
+    full = one(Claim.model_validate({**fields, "seen": "one seed, 83 against 78"}), pairs([2.0, 2.1, 2.2]))
+    text = status.markdown([full])
+    assert "The book's own" in text and "**holds**" in text and "seen before: one seed, 83" in text
+    where = {**SETTING, "method": "ours", "profile": "reduced"}
+    fields["records"] = {**fields["records"], "where": where}
+    reduced = one(Claim.model_validate(fields), pairs([2.0, 2.1, 2.2], profile="reduced"))
+    assert "**reduced: holds**" in status.markdown([reduced]) and "all at reduced" in status.counts([reduced])
+    assert "reduced" not in status.counts([full])
