@@ -149,7 +149,7 @@ def experiment(
     of run, so a stopped experiment continues. A record is known by its parameters, the settings of its arm
     and the data; it also holds the ranks and the fingerprint of the dense network, which has to be the same
     for all rows of a seed (else DataError). progress: say when a row is there, and show bars. An arm that
-    cannot reach a ratio has no row there, and says so.
+    cannot reach a ratio has no row there, and says so. Raises: BudgetError where none reaches any.
 
     Columns: method (the arm), ratio (the target), by, seed. Accuracies in percent on the test split:
     dense_test_accuracy (of the reference), start_test_accuracy (of the dense network that all arms started
@@ -167,6 +167,7 @@ def experiment(
     same = {"progress": progress, **(training or {})}
     starts: dict[tuple[Any, int], Start] = {}
     references: dict[int, Reference] = {}
+    missed: dict[str, None] = {}
     began: dict[int, str] = {}  # seed -> fingerprint of the dense network, of this run or of its records
     for seed, ratio, (name, arm) in product(seeds, map(float, ratios), arms.items()):
         about = {"method": name, "ratio": ratio, "by": by, "seed": seed, **arm.about}
@@ -193,6 +194,7 @@ def experiment(
             try:
                 row, tables, small, plan = _run(arm, ratio, references[seed], start, data, options, epoch)
             except BudgetError as problem:
+                missed[f"{name} at {ratio:g}×: {problem}"] = None
                 print(f"{name} at {ratio:g}×: {problem}")
                 continue
             results.networks[name, ratio, seed], results.plans[name, ratio, seed] = small, plan
@@ -210,6 +212,8 @@ def experiment(
         if progress:
             took, accuracy = found[0]["seconds"], found[0]["test_accuracy"]
             print(f"{name} {ratio:g}× seed {seed}: {accuracy:.2f} % ({took:.0f} s)", flush=True)
+    if missed and not results.rows:
+        raise BudgetError("no ratio was reached, ask for others. " + "; ".join(missed))
     return results
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, StringConstraints, model_validator
 from tdbook import tables
 from tdbook.paths import PAPERS
 from tdbook.schema import Strict, Text, validate
-from tdlib.errors import unknown
+from tdlib.errors import TdlibError, unknown
 
 Mark = Literal["V", "V-calc", "M"]
 MARKS = {"V": "", "V-calc": " (calculated)", "M": " reported (unverified)"}
@@ -167,12 +167,14 @@ def differences(key: str) -> str:
     return tables.markdown(rows)
 
 
-def ranks(key: str, name: str) -> dict[str, Any]:
-    """A published table of ranks as arguments of `tdlib.compress`: format, ranks, options. Raises:
-    UnknownName."""
+def ranks(key: str, name: str, model: str | None = None) -> dict[str, Any]:
+    """A published table of ranks as arguments of `tdlib.compress`: format, ranks, options. model: that it is
+    to be used with. Raises: UnknownName; TdlibError where it is another network's."""
     found = load(key).ranks
     if name not in found:
         raise unknown(f"rank table of {key}", name, found)
+    if model not in (None, network := found[name].network):
+        raise TdlibError(f"the rank table {name!r} is of {network}, got the model {model!r}: take {network}")
     layers = found[name].layers
     modes = {
         option: {layer: getattr(row, option) for layer, row in layers.items()}

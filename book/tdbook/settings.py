@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import tdlib
 from tdlib.data import Bundle
-from tdlib.errors import unknown
+from tdlib.errors import TdlibError, unknown
+
+#: The least that a setting can be; all are whole numbers.
+_LEAST = dict.fromkeys(("seeds", "samples", "batch_size", "limit"), 1)
+_LEAST |= dict.fromkeys(("epochs", "dense_epochs", "finetune_epochs"), 0)
 
 #: Settings of length, data and rate: with one of them changed, a run is not its profile's.
 SIZES = (
@@ -25,15 +29,23 @@ def recipe(profile: str, profiles: Mapping[str, Mapping[str, Any]], **given: Any
 
     `ratio` becomes `ratios`, a list of numbers, and `seeds` (how many) the list of seeds from `seed` on.
     `changed`: the SIZES that are not the profile's own.
-    Raises: UnknownName for a profile.
+    Raises: UnknownName for a profile; TdlibError for ratios and numbers of things that there cannot be.
     """
     if profile not in profiles:
         raise unknown("profile", profile, profiles)
     found = SimpleNamespace(profile=profile, **profiles[profile])
     vars(found).update({name: value for name, value in given.items() if value is not None})
     found.changed = [name for name in SIZES if getattr(found, name, None) != profiles[profile].get(name)]
+    for name, least in _LEAST.items():
+        value = getattr(found, name, None)
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise TdlibError(f"{name} must be a whole number of at least {least}, got {value!r}: give one")
     if getattr(found, "ratio", None) is not None:
         found.ratios = listed(found.ratio)
+        if not min(found.ratios, default=0) > 1:
+            raise TdlibError(
+                f"ratio is dense / compressed and must be above 1, got {found.ratio!r}: give 2, or \"2, 4\""
+            )
     first = getattr(found, "seed", 0)
     found.seeds = list(range(first, first + getattr(found, "seeds", 1)))
     return found
@@ -70,10 +82,23 @@ def file_name(*names: str) -> str:
 
 
 def listed(value: Any, kind: Callable[[Any], Any] = float) -> list[Any]:
-    """A value, a list or text with commas ("2, 4, 8") as a list."""
+    """A value, a list or text with commas ("2, 4, 8") as a list. Raises: TdlibError for what is none."""
     parts = value.split(",") if isinstance(value, str) else value
     parts = parts if isinstance(parts, list | tuple) else [parts]
-    return [kind(part.strip() if isinstance(part, str) else part) for part in parts]
+    try:
+        return [kind(part.strip() if isinstance(part, str) else part) for part in parts]
+    except (TypeError, ValueError) as error:
+        raise TdlibError(f"expected numbers with commas between, as \"2, 4, 8\", got {value!r}") from error
+
+
+def named(kind: str, value: Any, valid: Iterable[str]) -> list[str]:
+    """As `listed`, of names of this kind (one may have a comma itself). Raises: UnknownName."""
+    known = list(valid)
+    names = [value] if value in known else listed(value, str)
+    for name in names:
+        if name not in known:
+            raise unknown(kind, name, known)
+    return names
 
 
 def load(dataset: str, profile: str = "full", image_size: int | None = None, **source: Any) -> Bundle:

@@ -14,7 +14,7 @@ Kernel shapes are torch's: convolution (O, I, kh, kw), in 1-D (O, I, k), in 3-D 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,7 @@ from tdlib.decompositions.cores import LARGE
 from tdlib.decompositions.linalg import check_ranks
 from tdlib.decompositions.modes import factorise_modes, whole_numbers
 from tdlib.decompositions.sigma import pinv_root
-from tdlib.errors import NonFiniteError, RankError, TdlibError, unknown
+from tdlib.errors import NonFiniteError, RankError, TdlibError, UnknownName, unknown
 from tdlib.formats.chains import Layer
 
 Ranks = tuple[int, ...]
@@ -252,12 +252,18 @@ class Format:
         every = (*self.kinds.values(), *self.factored.values())
         return any(kind.decompose_sigma is not None for kind in every)
 
+    def check(self, options: Iterable[str]) -> None:
+        """Raises UnknownName for an option that the format lacks, with the formats that have it."""
+        for name in options:
+            if name not in self.options:
+                takers = ", ".join(row.name for row in FORMATS.values() if name in row.options)
+                mend = f"Leave it out, or take a format that has it: {takers or 'none does'}."
+                raise UnknownName(f"{unknown(f'option of format {self.name!r}', name, self.options)} {mend}")
+
     def bind(self, shape: Sequence[int], **options: Any) -> KernelFormat:
         """The format for kernels of this shape. Raises: UnknownName for an option, RankError for modes that
         do not multiply to the channels, TdlibError for a kind of layer that the format does not cover."""
-        for name in options:
-            if name not in self.options:
-                raise unknown(f"option of format {self.name!r}", name, self.options)
+        self.check(options)
         given = {name: value for name, value in options.items() if value is not None}
         table = self.factored if given and self.factored else self.kinds
         kind = kind_of(shape)

@@ -282,9 +282,7 @@ def planned(
 
     data: a data set or a list of input batches, for the shape of one input.
     """
-    for name in options or {}:
-        if name not in get_format(format).options:
-            raise unknown(f"option of format {format!r}", name, get_format(format).options)
+    get_format(format).check(options or {})
     shape = data.input_shape if hasattr(data, "input_shape") else data[0].shape[1:]
     return plan(
         model, tuple(shape), format, ratio, by, end_layers(model) if skip is None else skip, rule, ranks,

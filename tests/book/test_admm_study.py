@@ -12,6 +12,7 @@ from tdbook import admm_study as study
 from tdbook import papers
 from tdbook.figures import admm as figures
 from tdbook.settings import recipe
+from tdlib.errors import TdlibError
 from tdlib.formats import get_format
 from tdlib.methods.admm import pull
 from tdlib.models import build
@@ -135,7 +136,9 @@ def test_the_authors_rank_tables_have_the_ratios_that_follow_from_them(table):
 
 
 def test_a_published_table_is_a_plan_of_five_modes():
-    net, table = build("resnet32", 10), papers.ranks("admm-tt", "tt-r32-3x")
+    with pytest.raises(TdlibError, match="'tt-r32-3x' is of resnet32, got the model 'cnn'"):
+        papers.ranks("admm-tt", "tt-r32-3x", "cnn")
+    net, table = build("resnet32", 10), papers.ranks("admm-tt", "tt-r32-3x", "resnet32")
     plan = tdlib.plan(net, (3, 32, 32), table["format"], skip=end_layers(net), ranks=table["ranks"],
                       **table["options"])  # fmt: skip
     assert plan["layer3.4.conv2"].ranks == (8, 15, 15, 8) and len(plan) == 19

@@ -228,6 +228,8 @@ def test_what_cannot_be_reached_has_no_row_and_says_why(run, plan, capsys):
     kept = [(row["method"], row["ratio"]) for row in found.rows]
     assert kept == [("direct", 2), ("limited", 2), ("direct", 4)]
     assert "limited at 4×: too small" in capsys.readouterr().out
+    with pytest.raises(BudgetError, match=r"no ratio was reached.*limited at 4×: too small"):
+        run({"limited": Arm(direct, limited)}, ratios=(4,))
 
 
 def test_equal_seeds_give_equal_rows(run, plan):

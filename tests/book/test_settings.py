@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tdbook import settings
-from tdlib.errors import UnknownName
+from tdlib.errors import TdlibError, UnknownName
 
 PROFILES = {"quick": {"ratio": [2, 4], "epochs": 1, "lr": 0.1}, "full": {"ratio": 3, "epochs": 90, "lr": 0.1}}
 PROFILES |= {"reduced": PROFILES["full"], "modern": PROFILES["full"]}
@@ -59,3 +59,24 @@ def test_the_quick_profile_alone_shrinks_large_images(tmp_path):
     assert settings.load(source, "full").input_shape == (3, 64, 64)
     assert settings.load(source, "quick", image_size=48).input_shape == (3, 48, 48)
     assert settings.load("digits", "quick").input_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),
+    ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
+    ({"epochs": "ten"}, "epochs must be a whole number of at least 0, got 'ten'"),
+    ({"ratio": "2, 1"}, "ratio is dense / compressed and must be above 1, got '2, 1'"),
+    ({"ratio": "2, x"}, "expected numbers with commas between.*got '2, x'"),
+])  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused_by_name(given, said):
+    with pytest.raises(TdlibError, match=said):
+        settings.recipe("quick", PROFILES, **given)
+
+
+def test_names_are_checked_and_may_hold_a_comma():
+    valid = ["direct", "direct, tuned", "ADMM"]
+    assert settings.named("method", "direct, tuned", valid) == ["direct, tuned"]
+    for value in ("direct, ADMM", ["direct", "ADMM"]):
+        assert settings.named("method", value, valid) == ["direct", "ADMM"]
+    with pytest.raises(UnknownName, match=r"unknown method 'nonsense'.*direct, tuned"):
+        settings.named("method", ["nonsense"], valid)

@@ -195,6 +195,7 @@ def test_the_order_of_the_modes_is_row_major_with_the_transpose():
     [
         ((8, 6, 3, 3), "tuker2", {}, UnknownName, "Did you mean 'tucker2'"),
         ((8, 6, 3, 3), "tt", {"modes": 3}, UnknownName, "out_modes"),
+        ((8, 6, 3, 3), "tucker2", {"order": 2}, UnknownName, "Leave it out, or take.* tt,"),
         ((8, 6, 3, 3), "tt", {"out_modes": (5, 5)}, RankError, "multiply to 25"),
         ((8, 6, 3, 3), "tr", {"order": 0}, RankError, "order.*got 0"),
         ((8, 6), "tt-matrix", {"out_modes": (2, 4), "in_modes": (6,)}, RankError, "as many out_modes"),
