@@ -53,12 +53,21 @@ def road(method: str, tables: Tables, start: float | None = None) -> pd.DataFram
     return pd.DataFrame(rows).assign(method=method)
 
 
-def last_cut(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Between which ratios the last decomposition of an iteration lies, in words."""
+def last_cut(stages: Sequence[Mapping[str, Any]], ratio: float, seed: int) -> str:
+    """Between which ratios the last decomposition of the iteration to `ratio` lies, in words."""
     before, after = stages[-2]["ratio"] if len(stages) > 1 else 1.0, stages[-1]["ratio"]
     return (
-        f"The last of its {len(stages)} decompositions takes the network from {before:.2f}× to {after:.2f}×."
+        f"In the iteration to {ratio:g}×, seed {seed}, the last of {len(stages)} decompositions takes the "
+        f"network from {before:.2f}× to {after:.2f}×."
     )
+
+
+def rules_used(ranks: Sequence[Mapping[str, Any]]) -> str:
+    """Which rule gave the ranks of each pass, in words; ranks: the table of `iterative`."""
+    used = pd.DataFrame(ranks).groupby("pass")["rule"].first()
+    counts = ", ".join(f"{rule} in {n} of {len(used)} passes" for rule, n in used.value_counts().items())
+    each = ", ".join(f"{number}: {rule}" for number, rule in used.items())
+    return f"What gave the ranks: {counts} ({each})."
 
 
 def against(table: pd.DataFrame, one: str, other: str) -> str:
@@ -75,8 +84,8 @@ def against(table: pd.DataFrame, one: str, other: str) -> str:
         mine, theirs = a.loc[by, ratio].mean(), b.loc[by, ratio].mean()
         shown = ", ".join(f"{x:+.2f}" for x in gap[end])
         found.append(
-            f"- **{ratio:g}×** ({by}): after the last decomposition, BatchNorm re-estimated, {one} has "
-            f"{mine[then]:.1f} % and {other} {theirs[then]:.1f} %, {gap[then].mean():+.1f} points; "
+            f"- **{ratio:g}×** ({by}): after the last decomposition, BatchNorm re-estimated, *{one}* has "
+            f"{mine[then]:.1f} % and *{other}* {theirs[then]:.1f} %, {gap[then].mean():+.1f} points; "
             f"at the end, after {mine['epochs']:.3g} and {theirs['epochs']:.3g} epochs, {mine[end]:.1f} % "
             f"and {theirs[end]:.1f} %, {gap[end].mean():+.2f} points (by seed: {shown})."
         )
@@ -85,7 +94,7 @@ def against(table: pd.DataFrame, one: str, other: str) -> str:
         for when, text in ((then, "after the last decomposition"), (end, "at the end"))
     ]
     return "\n".join(
-        [*found, f"\n{one[:1].upper()}{one[1:]} is ahead of {other} in {' and in '.join(counts)}."]
+        [*found, f"\n*{one}* is ahead of *{other}* in {' and in '.join(counts)}."]
     )
 
 

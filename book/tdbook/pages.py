@@ -102,7 +102,7 @@ def _without_empty(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def records() -> str:
     """Every committed record: a table per chapter, and what its scale and device mean; the old ones apart."""
-    new = _chapters(saved_records(RESULTS)) or ["*No record is committed yet.*"]
+    new = _chapters(saved_records(RESULTS)) or ["*No record that can feed a verdict yet.*"]
     old = _chapters(saved_records(OLD_RESULTS), level="###")
     return "\n\n".join([*new, *(["## Older records", OLDER, *old] if old else [])])
 

@@ -33,7 +33,7 @@ def named(frame: pd.DataFrame) -> pd.DataFrame:
 def over_ratios(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy, agreement and KL divergence over the ratios, a row per method in the order of the frame."""
     shown = {"test_accuracy": "accuracy (%)", "agreement": "agreement (%)", "kl": "KL"}
-    means = summary(frame, ["method", "ratio"], shown)
+    means = summary(frame, ["method", "ratio"], shown).reset_index()
     table = means.pivot(index="method", columns="ratio", values=list(shown.values())).fillna("–")
     table = table.reindex(frame["method"].unique()).rename(columns="{:g}×".format, level="ratio")
     return table.rename_axis(index=None, columns=[None, None])

@@ -41,9 +41,9 @@ NAMES = {
     "bias": ("+ bias correction", PURPLE), "batchnorm": ("in sequence + BatchNorm", ORANGE),
     "transfer": ("Σ of other images", PINK),
     # arms of the chapter on shuffling
-    "shuffled": ("shuffled, folded", PINK), "folded": ("not shuffled, folded", GREEN),
-    "kernel": ("not shuffled, O × I × k × k", BLUE), "random subspace": ("random subspace", ORANGE),
-    "noise": ("Gaussian noise, folded", GREY),
+    "shuffled": ("shuffled", PINK), "folded": ("folded", GREEN),
+    "kernel": ("kernel", BLUE), "random subspace": ("random subspace", ORANGE),
+    "noise": ("Gaussian noise", GREY),
     "all layers": ("all layers", BLACK),
 }  # fmt: skip
 _KEYS = {text: key for key, (text, _) in NAMES.items()}

@@ -33,8 +33,8 @@ def _cell(value: Any) -> str:
 def summary(
     frame: pd.DataFrame, keys: Sequence[str], values: Mapping[str, str] | Sequence[str], digits: int = 2
 ) -> pd.DataFrame:
-    """Each group of `keys` as a row: mean ± standard deviation over its rows (the mean alone of one row), a
-    dash where nothing was measured, and `n`, the number of rows.
+    """Each group of `keys` as a row, named by them: mean ± standard deviation over its rows (the mean alone
+    of one row), a dash where nothing was measured, and `n`, the number of rows.
 
     values: columns, or column -> heading. Columns and keys that the frame lacks are left out. In a frame of
     `records` a metric (`metric_NAME`) goes before the parameter of its name.
@@ -53,4 +53,4 @@ def summary(
 
     table = groups[shown].agg(cell).rename(columns=headings)
     table["n"] = groups.size()
-    return table.reset_index()
+    return table

@@ -109,6 +109,18 @@ def solvers(
     return pd.DataFrame(rows)
 
 
+def shown(found: pd.DataFrame) -> pd.DataFrame:
+    """The table of `solvers` in words, a star where the authors' algorithm ran into its last sweep."""
+    last = signature(tucker2_three_blocks).parameters["iterations"].default
+    sweeps = [f"{n} *" if n == last else str(n) for n in found["authors_sweeps"]]
+    heads = {
+        "frobenius": "plain Tucker-2", "authors": "the authors'", "authors_sweeps": "their sweeps (*: all)",
+        "ours": "this library's", "ours_sweeps": "its sweeps",
+    }  # fmt: skip
+    table = found.assign(authors_sweeps=sweeps).set_index(["layer", "ranks"])
+    return table.round(4).rename(columns=heads)
+
+
 def limits() -> str:
     """When either solver stops, in words, from their default arguments."""
     theirs, ours = (
@@ -125,8 +137,9 @@ def limits() -> str:
 def compared(found: pd.DataFrame) -> str:
     """How far apart the two errors of `solvers` are, in words."""
     excess = 100 * (found["ours"] / found["authors"] - 1)
-    above, below = max(0.0, excess.max()), max(0.0, -excess.min())
+    sides = {"above": excess.max(), "below": -excess.min()}
+    most = [f"at most {part:.2f} % {side}" if part > 0 else f"never {side}" for side, part in sides.items()]
     return (
-        f"Over {len(found)} kernels and ranks, the error of this library's solver is at most {above:.2f} % "
-        f"above and at most {below:.2f} % below that of the authors' algorithm."
+        f"Over {len(found)} kernels and ranks, the error of this library's solver is {most[0]} and {most[1]} "
+        "that of the authors' algorithm."
     )

@@ -63,7 +63,13 @@ def test_the_road_goes_over_all_epochs_and_shows_every_decomposition():
                          (STAGES[:1], "1 decompositions takes the network from 1.00× to 1.80×")],
 )  # fmt: skip
 def test_the_last_cut_is_stated(stages, span):
-    assert span in study.last_cut(stages)
+    assert span in study.last_cut(stages, 2.0, 0)
+
+
+def test_the_rules_of_the_passes_are_counted():
+    ranks = [{"pass": n, "layer": "a", "rule": rule} for n, rule in enumerate(("vbmf", "nx", "nx"), 1)]
+    text = study.rules_used(ranks)
+    assert "nx in 2 of 3 passes, vbmf in 1 of 3 passes (1: vbmf, 2: nx, 3: nx)" in text
 
 
 @pytest.mark.parametrize(("end", "gap", "ahead"), [(92.0, "+2.00", 2), (89.5, "-0.50", 0)])

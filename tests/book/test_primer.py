@@ -32,4 +32,4 @@ def test_three_tt_cores_are_a_tucker2_of_equal_ranks_and_size():
 def test_the_share_of_batchnorm_has_its_sign(fresh, said):
     rows = [{"asked": 2.0, "test_accuracy": 60.0 + d, "recalibrated": fresh + d} for d in (-1, 1)]
     text = primer.batchnorm_share(pd.DataFrame(rows), 95.0)
-    assert text.startswith("- 2×, mean of 2 formats: -35.0 points") and said in text
+    assert text.startswith("- 2×, mean of 2 formats") and "as decomposed -35.0" in text and said in text

@@ -14,8 +14,8 @@ def test_summary_gives_means_and_deviations_of_every_group():
     rows.append({"method": "a", "ratio": 4, "seed": 0, "accuracy": 80.0, "lost": 3.0})
     frame = pd.DataFrame(rows)
     found = tables.summary(frame, ["method", "ratio", "absent"], {"accuracy": "acc", "lost": "lost"})
-    assert found.columns.tolist() == ["method", "ratio", "acc", "lost", "n"]
-    assert found.values.tolist() == [
+    assert found.index.names == ["method", "ratio"] and found.columns.tolist() == ["acc", "lost", "n"]
+    assert found.reset_index().values.tolist() == [
         ["b", 2, "91.00 ± 1.41", "1.00 ± 1.41", 2],
         ["a", 2, "91.00 ± 1.41", "–", 2],
         ["a", 4, "80.00", "3.00", 1],

@@ -43,7 +43,10 @@ def test_the_bounds_are_those_that_the_solvers_have(monkeypatch):
 def test_the_table_and_its_sentence(layer):
     W, S = layer
     found = solvers({"a": W.float()}, {"a": S}, (0.3, 0.6))
+    shown = three_blocks.shown(found.assign(authors_sweeps=[99, 100]))
+    assert shown["their sweeps (*: all)"].tolist() == ["99", "100 *"]
     assert (found["ours"] < found["frobenius"]).all() and found["ranks"].tolist() == [(3, 2), (6, 5)]
     text = compared(pd.DataFrame({"authors": [0.2, 0.1], "ours": [0.21, 0.099]}))
     assert "5.00 % above" in text and "1.00 % below" in text
-    assert "at most 0.00 % above" in compared(pd.DataFrame({"authors": [0.2], "ours": [0.1]}))
+    below = compared(pd.DataFrame({"authors": [0.2], "ours": [0.1]}))
+    assert "never above and at most 50.00 % below" in below

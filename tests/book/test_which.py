@@ -50,6 +50,8 @@ def test_decision_prefers_the_faster_of_equals_and_respects_what_is_there():
         assert table.loc[train, "2×"].startswith("aware")  # 0.5 points: within the error
         assert table.loc[train, "4×"].startswith("long")
         assert table.loc["the training set, a few epochs", "4×"].startswith("aware")
+    near = rows().replace({"val_accuracy": {90.0: 86.0}})  # one and a half standard errors below
+    assert which.decide(near, validated=100, short=5).loc[train, "2×"].startswith("aware")
     exact = which.decide(rows(), validated=10**8, short=5)
     assert exact.loc[train, "2×"].startswith("long")
     alone = which.decide(rows().iloc[[2, 5]].drop(columns="val_accuracy"), validated=0, short=5)

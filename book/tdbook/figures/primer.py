@@ -66,9 +66,9 @@ def batchnorm_share(table: pd.DataFrame, dense: float) -> str:
     for ratio, at in table.groupby("asked"):
         before, fresh = at["test_accuracy"].mean(), at["recalibrated"].mean()
         found.append(
-            f"- {ratio:g}×, mean of {len(at)} formats: {before - dense:+.1f} points against the dense "
-            f"network as it is, {fresh - dense:+.1f} with BatchNorm re-estimated; its statistics alone make "
-            f"{fresh - before:+.1f}."
+            f"- {ratio:g}×, mean of {len(at)} formats, in points from the dense network: as decomposed "
+            f"{before - dense:+.1f}, with BatchNorm re-estimated {fresh - dense:+.1f}; its statistics alone "
+            f"make {fresh - before:+.1f}."
         )
     return "\n".join(found)
 

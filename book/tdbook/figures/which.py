@@ -60,7 +60,7 @@ def asks(rows: pd.DataFrame, rules: Mapping[str, str]) -> pd.DataFrame:
 def keeps(rows: pd.DataFrame, keys: Sequence[str] = ("ratio", "method")) -> pd.DataFrame:
     """What is left and what it took, a row for each of `keys`: mean ± deviation over the seeds."""
     kept = rows["test_accuracy"] - rows["dense_test_accuracy"]
-    return tables.summary(rows.assign(kept=kept), keys, KEEPS).set_index(list(keys))
+    return tables.summary(rows.assign(kept=kept), keys, KEEPS)
 
 
 def _span(least: float, most: float) -> str:
@@ -129,7 +129,7 @@ def _finished(grid: sns.FacetGrid, rows: pd.DataFrame) -> Figure:
 def decide(rows: pd.DataFrame, validated: int, short: float) -> pd.DataFrame:
     """For what a reader has, the method to take at every ratio, with its test accuracy and the points kept.
 
-    Of the methods that the situation allows, those within one standard error of the best validation accuracy
+    Of the methods that the situation allows, those within two standard errors of the best validation accuracy
     count as equal, and the fastest of them is taken. validated: inputs of the validation split (0: the test
     split is used). short: the number of epochs that counts as few.
     """
@@ -141,7 +141,7 @@ def decide(rows: pd.DataFrame, validated: int, short: float) -> pd.DataFrame:
         chosen[situation] = {f"{ratio:g}×": "–" for ratio in table["ratio"].unique()}
         for ratio, group in allowed.groupby("ratio"):
             top = group[score].max()
-            equal = group[group[score] >= top - standard_error(top, validated)]
+            equal = group[group[score] >= top - 2 * standard_error(top, validated)]
             best = equal.sort_values("seconds").iloc[0]
             text = f"{best['method']}: {best['test_accuracy']:.1f} % ({best['kept']:+.1f})"
             chosen[situation][f"{ratio:g}×"] = text
