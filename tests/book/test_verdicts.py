@@ -256,7 +256,7 @@ def test_a_condition_that_is_not_met_or_not_measured_leaves_the_claim_open():
         assert found.found.mean == pytest.approx(2.1)
 
 
-def test_a_changed_rule_is_shown_with_what_it_said_of_all_records():
+def test_a_changed_rule_is_shown_with_what_it_said_of_the_records_of_its_time():
     was = {
         "records": {"chapter": "c", "where": {"method": "ours"}, "versus": {"method": "theirs"}},
         "measure": {"kind": "paired", "metric": "acc", "per": ["profile"]},
