@@ -36,17 +36,32 @@ class Reported(Strict):
 
 class Source(Strict):
     """Which records test a claim: those of a chapter whose parameters meet `where` and, where there is a list
-    of settings, one of `each`; `versus` changes some for the side that they are compared with."""
+    of settings, one of `each`; `versus` changes some for the side that they are compared with. recipe:
+    further conditions, which runs of reduced scale need not meet."""
 
     chapter: Text
     where: Annotated[Conditions, Field(min_length=1)]
     each: list[Conditions] = Field(default_factory=lambda: [Conditions()], min_length=1)
     versus: Conditions | None = None
+    recipe: Conditions = Field(default_factory=dict)
 
     @property
     def settings(self) -> list[Conditions]:
         """Every setting that is judged by itself."""
-        return [self.where | one for one in self.each]
+        return [self.where | self.recipe | one for one in self.each]
+
+    @property
+    def reduced(self) -> list[Conditions]:
+        """The same settings at reduced scale."""
+        return [self.where | one | {"profile": "reduced"} for one in self.each]
+
+    def without(self, names: list[str]) -> Source:
+        """The same with fewer conditions."""
+        fewer = {
+            part: {name: value for name, value in getattr(self, part).items() if name not in names}
+            for part in ("where", "recipe")
+        }
+        return self.model_copy(update=fewer)
 
 
 class Measure(Strict):
@@ -109,8 +124,7 @@ class Amendment(Strict):
         if isinstance(self.was, Earlier):
             given |= {name: getattr(self.was, name) for name in self.was.model_fields_set}
         if self.added:
-            where = {name: value for name, value in then.records.where.items() if name not in self.added}
-            given["records"] = then.records.model_copy(update={"where": where})
+            given["records"] = then.records.without(self.added)
         return then.model_copy(update=given)
 
 

@@ -17,7 +17,7 @@ def refused(records: Sequence[Record], profile: str) -> list[str]:
     scales = dict.fromkeys(r["scale"] for r in records if r["scale"].partition(":")[0] != profile)
     wrong = {
         "is of an older schema": any(r["schema"] < 2 for r in records),
-        "does not name the network that it started from": any(r["start"] is None for r in records),
+        "does not name the network that it started from": any(r.get("start") is None for r in records),
         "is not of committed code": any(r["git"] is None or r["git"]["dirty"] for r in records),
     }
     found = [f"a record {what}" for what, true in wrong.items() if true]

@@ -93,10 +93,8 @@ def judge(claim: Claim, records: Sequence[Record], old: Sequence[Record] = ()) -
     mine = [r for r in records if r["chapter"] == claim.records.chapter]
     was = tuple((change, _formerly(rule, change, [*old, *records])) for change, rule in claim.former())
     verdicts = []
-    for where in claim.records.settings:
-        reduced = None
-        if where["profile"] == "full":
-            reduced = _found(claim, mine, where | {"profile": "reduced"})
+    for where, smaller in zip(claim.records.settings, claim.records.reduced, strict=True):
+        reduced = _found(claim, mine, smaller) if where["profile"] == "full" else None
         shown = None if reduced is None or reduced.reading == NOT_RUN else reduced
         verdicts.append(Verdict(claim, where, _found(claim, mine, where), shown, was))
     return verdicts

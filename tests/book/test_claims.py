@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from tdbook import claims, former, papers, status, verdicts
+from tdbook.records import parameter_hash
 from tdlib.errors import DataError, UnknownName
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,13 @@ def where(**changes: object) -> dict:
     """The records of ENTRY with another setting; None leaves a key out."""
     changed = {"method": "admm", **SETTING, **changes}
     return {"records": {"chapter": "c", "where": {k: v for k, v in changed.items() if v is not None}}}
+
+
+def rule_line(claim: claims.Claim) -> str:
+    """All that decides a verdict as a digest, and how often it was amended."""
+    parts = {"claim", "records", "measure", "provided", "rule"}
+    decides = claim.model_dump(include=parts, exclude_defaults=True)
+    return f"{parameter_hash(decides)} after {len(claim.amendments)} amendments"
 
 
 def amended(*days: str) -> dict:
@@ -110,6 +118,24 @@ def test_every_claim_is_shown_those_of_abstracts_first_and_marks_unverified_figu
         text.index(f"| {e.claim}<br>") for e in sorted(ledger, key=lambda e: (not e.headline, not e.paper))
     ]
     assert order == sorted(order)
+
+
+def test_no_rule_changes_without_an_amendment() -> None:
+    """Where this fails: state the rule that was in an amendment, with its reason; then put the line that the
+    message shows into rules.yml."""
+    known = yaml.safe_load((Path(__file__).parent / "rules.yml").read_text(encoding="utf-8"))
+    found = {claim.id: rule_line(claim) for claim in claims.load_claims(LEDGER)}
+    assert found == known
+
+
+@pytest.mark.parametrize(
+    "change", [{"recipe": {"rho": 0.01}}, {"where": {"limit": 100}}, {"versus": {"method": "direct"}}]
+)
+def test_the_digest_of_a_rule_depends_on_its_conditions(change: dict) -> None:
+    claim = claims.load_claims(LEDGER)[0]
+    changed = claim.model_copy(update={"records": claim.records.model_copy(update=change)})
+    assert rule_line(changed) != rule_line(claim)
+    assert rule_line(claim.model_copy(update={"claim": "another"})) != rule_line(claim)
 
 
 def test_every_old_rule_of_the_ledger_is_kept_with_the_reason_of_its_end() -> None:
