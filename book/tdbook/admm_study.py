@@ -1,11 +1,9 @@
-"""The study of the chapter on ADMM: its recipes, the dense networks, and what is noted of each road."""
+"""The study of the chapter on ADMM: its recipes, and what is noted of each road."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,17 +17,13 @@ from tdbook import style
 from tdbook.experiment import Arm, Recorder, Results, Tables, experiment
 from tdbook.paths import RESULTS
 from tdbook.records import read_record, records
-from tdbook.settings import file_name, identity, scaled
-from tdbook.settings import folder as folder
+from tdbook.settings import identity, scaled
 from tdlib.data import Bundle
 from tdlib.decompositions.linalg import singular_values
 from tdlib.formats.projection import dense_weight, truncation_error
 from tdlib.methods.admm import ADMM, pull, rho_for
-from tdlib.models import build
 from tdlib.planning import Plan
-from tdlib.train import evaluate, fit, fit_selected, require_finished
-
-Options = Callable[[str], dict[str, Any]]  # name of a stage -> arguments of `train.fit`
+from tdlib.train import evaluate
 
 #: Formats whose ranks are, in this order, those of the unfoldings below; of linear layers the SVD's is too.
 ON_UNFOLDINGS = ("tt", "tucker2")
@@ -49,8 +43,8 @@ _AUTHORS = {"label_smoothing": 0.1, "schedule": "step", "step_epochs": 55, "step
 _STRONGER = {"label_smoothing": 0.1, "nesterov": True, "warmup_epochs": 5}
 
 #: The recipes. training: of all stages, before: of the dense network's besides, tuning: of fine-tuning's;
-#: "full" is the authors' for CIFAR, "modern" ours, for all roads alike. pull: see the chapter; it gives rho
-#: where there is none. samples: calibration images of the road in sequence.
+#: "full" is the authors' for CIFAR-10, "modern" ours, for all roads alike. pull: see the chapter; it gives
+#: rho where there is none. samples: calibration images of the road in sequence.
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": _SAME | {
         "ratio": [2, 4, 8], "dense_epochs": 8, "epochs": 10, "finetune_epochs": 3, "lr": 0.05,
@@ -72,6 +66,18 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+#: What the authors do otherwise on ImageNet, from a pretrained network.
+_IMAGENET: dict[str, Any] = {
+    "ratio": [2.47], "dense_epochs": 0, "epochs": 150, "finetune_epochs": 105, "lr": 0.01,
+    "finetune_lr": 0.001, "batch_size": 256, "tuning": {"step_epochs": 30, "step_gamma": 0.2},
+    "training": {"schedule": "step", "step_epochs": 40, "step_gamma": 0.1},
+}  # fmt: skip
+
+
+def profiles(dataset: str) -> dict[str, dict[str, Any]]:
+    """The recipes for a data set: "full" is the authors' on ImageNet too."""
+    return PROFILES | ({"full": PROFILES["full"] | _IMAGENET} if dataset == "imagenet" else {})
+
 
 def set_pull(chosen: SimpleNamespace, images: int) -> None:
     """The recipe's `rho` from its `pull` where it has none, then `pull` as that of an epoch of `images`."""
@@ -87,43 +93,9 @@ def recorder(chosen: SimpleNamespace, images: int) -> Recorder:
     before = getattr(chosen, "note", f"{chosen.dense_epochs} dense epochs")
     lacks = (
         f"{images} training images; {before}, {chosen.epochs} of ADMM or plain training, "
-        f"{chosen.finetune_epochs} of fine-tuning; the paper's recipe has 200 each"
+        f"{chosen.finetune_epochs} of fine-tuning"
     )
     return Recorder("admm_tt", about, scaled(chosen, lacks))
-
-
-def trained(
-    model: str, data: Bundle, epochs: int, options: Options, **given: Any
-) -> Callable[[int], nn.Module]:
-    """Seed -> the dense network after `epochs`, trained once. given: of `models.build`."""
-
-    @cache
-    def network(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        fresh = build(model, data.classes, input_shape=data.input_shape, **given)
-        return _train(fresh, data, epochs, seed, options(f"{file_name(model)}-{seed}"))
-
-    return network
-
-
-def trained_on(
-    data: Bundle, epochs: int, options: Options, tuning: Mapping[str, Any]
-) -> Callable[[nn.Module, int], nn.Module]:
-    """(dense network, seed) -> a copy after `epochs` more and those of fine-tuning."""
-
-    def network(dense: nn.Module, seed: int) -> nn.Module:
-        further = _train(copy.deepcopy(dense), data, epochs, seed, options(f"further-{seed}"))
-        if tuning["epochs"]:
-            fit_selected(further, data, seed=seed, **{**options(f"reference-{seed}"), **tuning})
-        return further
-
-    return network
-
-
-def _train(net: nn.Module, data: Bundle, epochs: int, seed: int, options: dict[str, Any]) -> nn.Module:
-    if epochs:
-        require_finished(fit(net, data, epochs=epochs, seed=seed, **options))
-    return net.to(options["device"])
 
 
 def forms(net: nn.Module) -> dict[str, dict[str, Any]]:

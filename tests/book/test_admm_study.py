@@ -72,6 +72,12 @@ def test_recipes_state_rho_and_pull(profile):
     assert study.recorder(chosen, 45000).scale.partition(":")[0] == expected
 
 
+def test_the_full_recipe_is_the_authors_on_imagenet_too():
+    chosen = recipe("full", study.profiles("imagenet"))
+    assert (chosen.lr, chosen.epochs, chosen.finetune_epochs, chosen.rho) == (0.01, 150, 105, 1e-3)
+    assert not chosen.changed and recipe("full", study.profiles("cifar10")).epochs == 200
+
+
 @pytest.mark.parametrize(("kept", "said"), [(80.0, "30.0 points ahead of"), (40.0, "10.0 points behind"),
                                             (50.04, "level with")])  # fmt: skip
 def test_the_cut_is_judged_by_the_better_of_both_and_its_direction_computed(kept, said):
