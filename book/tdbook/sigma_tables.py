@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdbook import style
-from tdbook.tables import summary
+from tdbook.tables import accuracy, summary
 from tdbook.verdicts import interval, spelt
 
 #: The arms in the order of the story.
@@ -32,7 +32,7 @@ def named(frame: pd.DataFrame) -> pd.DataFrame:
 
 def over_ratios(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy, agreement and KL divergence over the ratios, a row per method in the order of the frame."""
-    shown = {"test_accuracy": "accuracy (%)", "agreement": "agreement (%)", "kl": "KL"}
+    shown = {"test_accuracy": accuracy(frame), "agreement": "agreement (%)", "kl": "KL"}
     means = summary(frame, ["method", "ratio"], shown).reset_index()
     table = means.pivot(index="method", columns="ratio", values=list(shown.values())).fillna("–")
     table = table.reindex(frame["method"].unique()).rename(columns="{:g}×".format, level="ratio")

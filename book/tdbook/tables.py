@@ -30,6 +30,13 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def accuracy(frame: pd.DataFrame) -> str:
+    """What heads a column of accuracies: says on which images where records' `measured_on` names others than
+    test images."""
+    others = frame["measured_on"].dropna().unique() if "measured_on" in frame else []
+    return f"accuracy{' on '.join(['', *others])} (%)"
+
+
 def summary(
     frame: pd.DataFrame, keys: Sequence[str], values: Mapping[str, str] | Sequence[str], digits: int = 2
 ) -> pd.DataFrame:

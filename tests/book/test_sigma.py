@@ -189,7 +189,9 @@ def test_tables_over_ratios_keep_the_order_of_the_story():
     frame = pd.DataFrame(rows, columns=["method", "ratio"]).assign(test_accuracy=50.0, kl=0.5, agreement=70.0)
     table = told.over_ratios(told.named(frame))
     assert [name.split()[0] for name in table.index] == ["kernel", "output", "+"]
-    assert table["KL", "4×"].tolist() == ["–", "0.50", "–"]
+    assert table["KL", "4×"].tolist() == ["–", "0.50", "–"] and "accuracy (%)" in table
+    sample = told.over_ratios(told.named(frame.assign(measured_on="500 training images")))
+    assert "accuracy on 500 training images (%)" in sample and "accuracy (%)" not in sample
 
 
 def test_halves_keeps_the_networks_class_order(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdbook import style
 from tdbook.figures.common import canvas, closed, lines, plain_ticks, reference, spectrum
+from tdbook.tables import accuracy
 from tdlib.decompositions.sigma import sigma_error, svd_sigma
 
 
@@ -21,7 +22,7 @@ def against_ratio(frame: pd.DataFrame, by: str) -> Figure:
     """Accuracy as is, accuracy with BatchNorm re-estimated and KL divergence against the ratio in `by`, a
     line per method, a row of panels per format."""
     headings = {
-        "test_accuracy": "accuracy (%)", "test_accuracy_recalibrated": "BatchNorm re-estimated (%)",
+        "test_accuracy": accuracy(frame), "test_accuracy_recalibrated": "BatchNorm re-estimated (%)",
         "kl": "KL from the dense outputs",
     }  # fmt: skip
     shown = frame.assign(kl=frame["kl"].clip(lower=1e-5), format=frame["format"].map(style.label))
