@@ -118,11 +118,12 @@ def _lines(*texts: str | None) -> str:
 
 
 def _stated(claim: Claim) -> str | None:
-    """What the paper says of it: "*Yin et al., CVPR 2021: +1.96 points*"."""
+    """What the paper says of it, and where: "*Yin et al., CVPR 2021, abstract: +1.96 points*"."""
     if claim.paper is None or claim.reported is None:
         return None
     paper = papers.load(claim.paper)
-    return f"*{paper.authors.split(',')[0]} et al., {paper.venue}: {_reported(claim.reported)}*"
+    source = [f"{paper.authors.split(',')[0]} et al.", paper.venue, claim.reported.source]
+    return f"*{', '.join(filter(None, source))}: {_reported(claim.reported)}*"
 
 
 def _rule(claim: Claim) -> str:
