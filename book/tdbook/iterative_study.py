@@ -17,6 +17,11 @@ from tdlib.train import reestimate_batchnorm
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
+def named(least: int | None) -> str:
+    """The iteration's name: ranks below the authors' lowest (None: theirs) make it a method of ours."""
+    return "iterative" if least is None else "iterative, lower ranks"
+
+
 def at_once(
     model: nn.Module,
     data: Any,

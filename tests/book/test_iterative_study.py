@@ -8,6 +8,7 @@ import torch
 
 import tdlib
 from tdbook import iterative_study as study
+from tdbook.claims import load_claims
 from tdbook.figures.iterative import roads
 from tdlib.errors import BudgetError
 from tdlib.planning.budget import make_budget
@@ -33,6 +34,13 @@ def rows(end: float, seeds: int = 2) -> pd.DataFrame:
         for n in range(seeds)
         for name, then, last in (("iterative", 70.0, end), ("one-shot", 30.0, 90.0))
     ])  # fmt: skip
+
+
+def test_lower_ranks_than_the_authors_have_the_name_that_the_ledger_keeps_apart():
+    assert study.named(None) == "iterative" != study.named(2)
+    ledger = {claim.id: claim for claim in load_claims()}
+    assert ledger["iterative-beats-one-shot"].records.where["method"] == study.named(None)
+    assert ledger["own-lower-ranks-beat-one-shot"].records.where["method"] == study.named(2)
 
 
 def test_at_once_starts_fine_tuning_with_the_statistics_that_the_iteration_takes():

@@ -245,6 +245,16 @@ def test_reduced_runs_are_shown_and_are_never_the_verdict():
     assert one(claim(), pairs([2.0, 2.1, 2.2], profile="quick")).reduced is None
 
 
+def test_the_recipe_binds_the_verdict_and_not_the_reduced_runs_beside():
+    strict = claim(amendments=[{"date": DAY, "reason": "Another rho mixed in.", "added": ["rho"]}])
+    strict.records.recipe["rho"] = 0.001
+    good, other = pairs([2.0, 2.1, 2.2], rho=0.001), pairs([-2.0, -2.1, -2.2], rho=0.01)
+    found = one(strict, [*good, *other, *pairs([0.5, 0.6, 0.7], rho=0.04, profile="reduced")])
+    assert found.verdict == "reproduced" and found.reduced.mean == pytest.approx(0.6)
+    ((_, before),) = strict.former()
+    assert before.records.recipe == {} and one(before, good + other).verdict == "inconclusive"
+
+
 def test_a_condition_that_is_not_met_or_not_measured_leaves_the_claim_open():
     need = {"text": "they stand", "of": {"method": "theirs"}, "measure": {"metric": "acc", "minus": "dense"}}
     entry = claim(provided=[{**need, "least": -5.0}])
