@@ -69,15 +69,17 @@ def _number(count: int, noun: str) -> str:
 
 
 def amendments(verdicts: Sequence[Verdict]) -> str:
-    """Why rules were changed, and what they had said, as a list."""
-    lines = []
+    """Why rules were changed, a list, and under each reason the claims that it changed, with what their rules
+    had said."""
+    reasons: dict[str, list[str]] = {}
     for rows in _by_claim(verdicts):
         for change, was in rows[0].former:
-            wording = f" (“{change.was.claim}”)" if change.was and change.was.claim else ""
+            wording = f", as “{change.was.claim}”" if change.was and change.was.claim else ""
             without = f", without conditions on {', '.join(change.added)}" if change.added else ""
             said = f"Until then{wording}{without}: {_former(was) or NOT_RUN}."
-            lines.append(f"- *{rows[0].claim.id}*, {change.date}: {change.reason.strip()} {said}")
-    return "\n".join(lines)
+            changed = reasons.setdefault(f"- {change.date}: {change.reason.strip()}", [])
+            changed.append(f"  - {rows[0].claim.claim}. {said}")
+    return "\n".join(line for reason, changed in reasons.items() for line in [reason, *changed])
 
 
 def _by_claim(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:

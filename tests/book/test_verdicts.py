@@ -278,7 +278,8 @@ def test_a_changed_rule_is_shown_with_what_it_said_of_the_records_of_its_time():
     found = one(entry, later, old=then)
     assert found.verdict == "not run yet" and found.former[0][1].verdict == "not reproduced"
     assert "not reproduced (-1.33 points, 1 of 3 seeds)" in status.markdown([found])
-    assert f"{DAY}: It knew no interval. Until then: not reproduced (-1.33" in status.amendments([found])
+    reason, was = status.amendments([found]).splitlines()
+    assert reason == f"- {DAY}: It knew no interval." and "Until then: not reproduced (-1.33" in was
 
 
 def test_an_earlier_rule_on_an_interval_is_judged_by_its_own_records_and_bounds():
