@@ -201,11 +201,10 @@ def histories(results: Results, format: str) -> pd.DataFrame:
 
 
 def cost(history: pd.DataFrame) -> pd.DataFrame:
-    """Seconds of an epoch and of its projections (medians) for every run of `histories`."""
-    headings = {"seconds": "seconds / epoch", "projection_seconds": "of which projections"}
-    table = history.groupby("run", sort=False)[list(headings)].median().rename(columns=headings)
-    whole, part = headings.values()
-    return table.assign(**{"projections, % of an epoch": 100 * table[part] / table[whole]})
+    """The projections' share of an epoch's seconds (of their medians) for every run of `histories`: seconds
+    themselves depend on what else the machine does."""
+    table = history.groupby("run", sort=False)[["seconds", "projection_seconds"]].median()
+    return (100 * table["projection_seconds"] / table["seconds"]).to_frame("projections, % of an epoch")
 
 
 def in_words(frame: pd.DataFrame, format: str) -> str:
@@ -223,11 +222,12 @@ def in_words(frame: pd.DataFrame, format: str) -> str:
             if road != "admm"
         ]
         lines.append(
-            f"- **{ratio:g}×** ({by}). Right after the cut {ours} has {cut['admm']:.1f} %, with BatchNorm "
-            f"re-estimated {again['admm']:.1f} %; the plainly trained network {cut['direct']:.1f} % and "
-            f"{again['direct']:.1f} %. With the better of the two on either side {ours} is "
-            f"{_lead(best['admm'] - best['direct'])} it. At the end {ours} has {end['admm']:.1f} %: "
-            f"{', '.join(others)}. Dense: {mean['dense_test_accuracy'].mean():.1f} %."
+            f"- **{ratio:g}×** {style.UNITS[by]}. Right after the cut {ours} has {cut['admm']:.1f} %, "
+            f"with BatchNorm re-estimated {again['admm']:.1f} %; the plainly trained network "
+            f"{cut['direct']:.1f} % and {again['direct']:.1f} %. With the better of the two on either side "
+            f"{ours} is {_lead(best['admm'] - best['direct'])} it. "
+            f"At the end {ours} has {end['admm']:.1f} %: {', '.join(others)}. "
+            f"Dense: {mean['dense_test_accuracy'].mean():.1f} %."
         )
     tested, seeds = frame["n"].iloc[0], frame["seed"].nunique()
     means = f" Every figure is the mean of {seeds} seeds." if seeds > 1 else ""
@@ -244,7 +244,7 @@ def closeness(frame: pd.DataFrame, format: str) -> str:
         off, uncut = mean["truncation_error"], mean["uncut_test_accuracy"]
         lines.append(
             f"- **{ratio:g}×**: the cut takes off {off['admm']:.2f} of the weights' norm after {ours}, "
-            f"{off['direct']:.2f} after plain training; until then W has {uncut['admm']:.1f} %, "
+            f"{off['direct']:.2f} after plain training; uncut, W has {uncut['admm']:.1f} %, "
             f"{_lead(uncut['admm'] - uncut['direct'])} plain training ({uncut['direct']:.1f} %)."
         )
     return "\n".join(lines)

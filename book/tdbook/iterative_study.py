@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 
 import tdlib
-from tdbook import papers
+from tdbook import papers, style
 from tdlib.planning import Plan
 from tdlib.train import reestimate_batchnorm
 
@@ -89,8 +89,9 @@ def against(table: pd.DataFrame, one: str, other: str) -> str:
         mine, theirs = a.loc[by, ratio].mean(), b.loc[by, ratio].mean()
         shown = ", ".join(f"{x:+.2f}" for x in gap[end])
         found.append(
-            f"- **{ratio:g}×** ({by}): after the last decomposition, BatchNorm re-estimated, *{one}* has "
-            f"{mine[then]:.1f} % and *{other}* {theirs[then]:.1f} %, {gap[then].mean():+.1f} points; "
+            f"- **{ratio:g}×** {style.UNITS[by]}: after the last decomposition, BatchNorm re-estimated, "
+            f"*{one}* has {mine[then]:.1f} % and *{other}* {theirs[then]:.1f} %, "
+            f"{gap[then].mean():+.1f} points; "
             f"at the end, after {mine['epochs']:.3g} and {theirs['epochs']:.3g} epochs, {mine[end]:.1f} % "
             f"and {theirs[end]:.1f} %, {gap[end].mean():+.2f} points (by seed: {shown})."
         )

@@ -24,6 +24,7 @@ from tdbook.claims import load_claims
 from tdbook.figures import benchmarks as figure
 from tdbook.paths import BOOK, BUILD, NOTEBOOKS, OLD_RESULTS, RESULTS, ROOT
 from tdbook.records import read_record
+from tdbook.sigma import SAMPLE
 from tdbook.verdicts import Verdict, judge_all
 
 SRC = BUILD / "src"
@@ -32,6 +33,10 @@ BEGIN, END = "<!-- results:begin (python -m tdbook readme) -->", "<!-- results:e
 OLDER = (
     "They lack the fingerprint of the starting weights, the settings of method and training, and the sizes "
     "of the splits; so they are kept apart and feed no verdict. Rules that were changed still read them."
+)
+SAMPLED = (
+    "Of imagenet-sample *test %* and *dense %* are accuracies on training images that calibration does not "
+    "see, and no run of it is one at full scale, also where an older record says so."
 )
 
 
@@ -122,7 +127,8 @@ def _table(found: list[tuple[Path, dict[str, Any]]]) -> str:
     rows = [_record_row(path, record) for path, record in found]
     order = ("data", "network", "format", "of", "ratio", "method")
     rows.sort(key=lambda row: tuple(str(row[key]) for key in order))
-    return tables.markdown(_without_empty(rows))
+    sampled = any(record["parameters"].get("dataset") == SAMPLE for _, record in found)
+    return "\n\n".join([tables.markdown(_without_empty(rows)), *([SAMPLED] if sampled else [])])
 
 
 def queue() -> str:

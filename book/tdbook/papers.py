@@ -150,7 +150,8 @@ def markdown(key: str, name: str) -> str:
     shown = frame[spec.labels].copy()
     for value in spec.values:
         pairs = zip(frame[value], frame[f"{value}_mark"], strict=True)
-        shown[value.replace("_", " ")] = [show(v, m, spec.units.get(value, "")) for v, m in pairs]
+        head = value.replace("_", " ").replace("top1", "top-1")
+        shown[head] = [show(v, m, spec.units.get(value, "")) for v, m in pairs]
     parts = [f"*{spec.caption}*", *([tables.markdown(shown)] if len(shown) else [])]
     return "\n\n".join([*parts, "\n".join(f"- {note.strip()}" for note in spec.notes)])
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
+
 import tdlib
 from tdlib.data import Bundle
 from tdlib.errors import TdlibError, unknown
@@ -61,6 +63,15 @@ def identity(chosen: SimpleNamespace) -> dict[str, Any]:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
         found |= {"weights": weights.name, "weights_sha256": digest}
     return found
+
+
+def overview(chosen: SimpleNamespace, heading: str) -> pd.DataFrame:
+    """The recipe as a column of a table: all that is set, what lies in a table of its own by both names."""
+    found: dict[str, Any] = {}
+    for name, value in vars(chosen).items():
+        inner = {f"{name}: {k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+        found |= {key: one for key, one in inner.items() if one not in (None, [])}
+    return pd.Series(found).drop(["ratio", "seed"], errors="ignore").to_frame(heading)
 
 
 def scaled(chosen: SimpleNamespace, what: str) -> str:

@@ -35,7 +35,7 @@ _WORDS = {
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet",
     "imagenet-sample": "ImageNet sample",
     "cnn": "small CNN", "resnet18": "ResNet-18", "resnet20": "ResNet-20", "resnet32": "ResNet-32",
-    "params": "parameters", "macs": "MACs",
+    **style.UNITS,
     "test_accuracy_before": "as is", "test_accuracy_recalibrated": "BatchNorm re-estimated",
     "dense_test_accuracy": "dense", "start_test_accuracy": "the dense network that it started from",
 }  # fmt: skip
@@ -109,9 +109,9 @@ def _row(verdicts: list[Verdict]) -> dict[str, str]:
     seen = claim.seen and f"seen before: {claim.seen}"
     return {
         "Claim": _lines(claim.claim, _stated(claim), _rule(claim), seen),
+        "Verdict": _lines(_verdict(first), _reduced(first.reduced, claim)),  # early: a narrow screen shows it
         "Setting and runs": _lines(settings([v.setting for v in verdicts]), _runs(found)),
         "Measured": _lines(_difference(found, claim), _sides(found, claim.measure.unit)),
-        "Verdict": _lines(_verdict(first), _reduced(first.reduced, claim)),
     }
 
 

@@ -46,6 +46,9 @@ NAMES = {
     "noise": ("Gaussian noise", GREY),
     "all layers": ("all layers", BLACK),
 }  # fmt: skip
+#: What a ratio counts, in words.
+UNITS = {"params": "parameters", "macs": "MACs"}
+
 _KEYS = {text: key for key, (text, _) in NAMES.items()}
 
 sns.set_theme("paper", "whitegrid", palette=CYCLE, rc={

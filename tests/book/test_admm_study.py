@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 import tdlib
 from tdbook import admm_study as study
-from tdbook import papers
+from tdbook import papers, style
 from tdbook.figures import admm as figures
 from tdbook.settings import recipe
 from tdlib.errors import TdlibError
@@ -56,7 +57,7 @@ def test_words_are_means_over_seeds_and_leave_out_what_did_not_run():
         for method, before, after in roads
     ]  # fmt: skip
     text = study.in_words(pd.DataFrame(rows), "tt")
-    assert "**2×** (macs)" in text and "4×" not in text
+    assert "**2×** MACs" in text and "4×" not in text
     assert "ADMM-TT has 86.0 %" in text and "the plainly trained network 61.0 %" in text
     assert "0.50 points" in text and "mean of 2 seeds" in text
 
@@ -93,6 +94,14 @@ def test_how_close_training_came_is_said_with_what_it_cost(uncut, said):
     rows = [row("direct", 1.0, 1.0, 1.0, 90.0, 0.75), row("admm", 1.0, 1.0, 1.0, uncut, 0.25)]
     text = study.closeness(pd.DataFrame(rows), "tt")
     assert "0.25 of the weights' norm after ADMM-TT, 0.75 after plain training" in text and said in text
+
+
+def test_the_cost_is_a_share_and_colours_stay_with_their_roads():
+    times = pd.DataFrame({"seconds": [1.0, 2.0], "projection_seconds": [0.1, 0.2], "epoch": [0, 1]})
+    history = pd.concat(times.assign(run=run, distance=0.5) for run in ("ADMM-TT 4×", "plain, seen from 4×"))
+    assert study.cost(history).to_numpy() == pytest.approx(10.0)
+    drawn = figures.convergence(history).axes[0].get_lines()
+    assert [to_hex(line.get_color()).upper() for line in drawn[:2]] == [style.BLUE, style.GREY]
 
 
 def test_what_lies_beyond_the_rank_is_the_share_that_the_cut_takes_off():

@@ -80,3 +80,9 @@ def test_names_are_checked_and_may_hold_a_comma():
         assert settings.named("method", value, valid) == ["direct", "ADMM"]
     with pytest.raises(UnknownName, match=r"unknown method 'nonsense'.*direct, tuned"):
         settings.named("method", ["nonsense"], valid)
+
+
+def test_the_overview_names_what_lies_in_tables_and_leaves_out_what_is_not_set():
+    profiles = {"quick": {"ratio": 2, "before": {"lr": 0.1}, "training": {}, "rho": None}}
+    shown = settings.overview(settings.recipe("quick", profiles), "here")["here"].to_dict()
+    assert shown == {"profile": "quick", "before: lr": 0.1, "ratios": [2.0], "seeds": [0]}

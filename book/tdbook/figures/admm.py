@@ -33,8 +33,8 @@ def stages(frame: pd.DataFrame, by: str) -> Figure:
     early = [name for name in STAGES if name != "test_accuracy"]
     frame.loc[frame["test_accuracy_before"].isna(), early] = None
     tidy = frame.rename(columns=STAGES).melt(["ratio", "method"], list(STAGES.values()), "stage", "accuracy")
-    tidy["ratio"] = [f"{ratio:g}× ({by})" for ratio in tidy["ratio"]]
-    return lines(tidy, "stage", "accuracy", "method", panels="ratio", share=True, aspect=1.2,
+    tidy["ratio"] = [f"{ratio:g}× {style.UNITS[by]}" for ratio in tidy["ratio"]]
+    return lines(tidy, "stage", "accuracy", "method", panels="ratio", share=True, aspect=1.2, wrap=2,
                  dense=frame["dense_test_accuracy"].mean(), ylabel="test accuracy (%)")  # fmt: skip
 
 
@@ -56,7 +56,10 @@ def convergence(history: pd.DataFrame) -> Figure:
     """Distance ||W - P(W)|| / ||W|| from the low-rank set, and validation accuracy of W; a line per run."""
     shown = {"distance": "‖W − P(W)‖ / ‖W‖", "val_accuracy": "validation accuracy of W (%)"}
     headings = {column: heading for column, heading in shown.items() if column in history}
-    fig = lines(history, "epoch", headings, "run", xlabel="epoch before the decomposition")
+    plain, *pulled = sorted(history["run"].unique(), key=lambda run: not run.startswith("plain"))
+    tints = sns.light_palette(style.colour("admm"), len(pulled) + 1)[1:]  # ADMM's colour, a shade per ratio
+    palette = {plain: style.colour("dense"), **dict(zip(pulled, tints, strict=True))}
+    fig = lines(history, "epoch", headings, "run", xlabel="epoch before the decomposition", palette=palette)
     fig.axes[0].set_ylim(bottom=0)
     return fig
 

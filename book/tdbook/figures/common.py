@@ -19,12 +19,14 @@ from tdbook import style
 def lines(table: Any, x: str, y: str | Mapping[str, str], by: str | None = None, *, panels: str | None = None,
           rows: str | None = None, dense: float | None = None, share: bool = False, logx: bool = False,
           logy: bool = False, xlabel: str | None = None, ylabel: str = "", title: str | None = None,
-          height: float = 3.1, aspect: float = 1.35) -> Figure:  # fmt: skip
+          height: float = 3.1, aspect: float = 1.35, wrap: int | None = None,
+          palette: Mapping[str, Any] | None = None) -> Figure:  # fmt: skip
     """Column ``y`` against ``x``: a line per ``by``, a panel per ``panels``, a row of panels per ``rows``.
 
     Rows of the table that share x (seeds) become their mean with its 95 % interval. Several columns, given as
     column -> heading, become a panel each. ``dense`` marks the dense network's value. ``share``: one y axis
-    for all panels.
+    for all panels. ``wrap``: panels in a row, with the legend below them.
+    ``palette``: the colours of the lines, where they are not those of `style`.
     """
     frame = pd.DataFrame(table)
     if isinstance(y, Mapping):
@@ -36,12 +38,15 @@ def lines(table: Any, x: str, y: str | Mapping[str, str], by: str | None = None,
         frame = frame.assign(**{by: frame[by].map(style.label)})
     grid = sns.relplot(
         frame, x=x, y=y, hue=by, col=panels, row=rows, kind="line", height=height, aspect=aspect,
-        palette=style.palette(frame[by]) if by else None, errorbar=("ci", 95), seed=0,
+        palette=palette or (style.palette(frame[by]) if by else None), col_wrap=wrap,
+        errorbar=("ci", 95), seed=0,
         marker="o" if frame[x].nunique() <= 40 else None, facet_kws={"sharey": share},
     )  # fmt: skip
     grid.set_titles("{row_name}  {col_name}" if rows else "{col_name}").set_axis_labels(xlabel or x, ylabel)
     if grid.legend:
         grid.legend.set_title("")
+        if wrap:
+            sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncols=wrap, title="")
     for ax in grid.axes.flat:
         if dense is not None:
             reference(ax, dense)
