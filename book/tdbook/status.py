@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -95,7 +95,8 @@ def _rows(verdicts: list[Verdict]) -> list[dict[str, str]]:
     open_ = [v for v in verdicts if v.verdict == NOT_RUN and v.reduced is None]
     run = [[v] for v in verdicts if v not in open_]
     rows = [_row(group) for group in [*run, *([open_] if open_ else [])]]
-    said = filter(None, (_former(was) for _, was in verdicts[0].former))
+    now = {(one.mean, one.reading) for v in verdicts for one in (v.found, v.reduced) if one is not None}
+    said = filter(None, (_former(was, now) for _, was in verdicts[0].former))
     rows[0]["Verdict"] = _lines(rows[0]["Verdict"], *(f"by a former rule: {one}" for one in said))
     for row in rows[1:]:
         row["Claim"] = "″"
@@ -224,8 +225,11 @@ def _reduced(found: Finding | None, claim: Claim) -> str | None:
     return f"no verdict, {': '.join(filter(None, [_runs(found), figures, read]))}"
 
 
-def _former(said: Reading | list[Verdict]) -> str | None:
-    """What a former rule says, as in "not reproduced (-1.33 points, 1 of 3 seeds)", if anything."""
+def _former(said: Reading | list[Verdict], now: Collection[tuple[float | None, str]] = ()) -> str | None:
+    """What a former rule says, as in "not reproduced (-1.33 points, 1 of 3 seeds)", if anything.
+
+    now: means and readings by the present rule, which need not be said again.
+    """
     if isinstance(said, Reading):
         few = f" of {said.wanted}" if said.seeds < said.wanted else ""
         seeds = f"{said.seeds}{few} seed{'s' if said.seeds > 1 or few else ''}"
@@ -234,7 +238,7 @@ def _former(said: Reading | list[Verdict]) -> str | None:
     for one in said:
         where = f"{settings([one.setting])}: " if several else ""
         for scale, found in (("", one.found), ("reduced: ", one.reduced)):
-            if found is not None and found.mean is not None:
+            if found is not None and found.mean is not None and (found.mean, found.reading) not in now:
                 figure = f"{_difference(found, one.claim)}, {_number(found.seeds, 'seed')}"
                 parts.append(f"{where}{scale}{_called(found.reading, one.claim)} ({figure})")
     return "; ".join(parts) or None
