@@ -27,7 +27,7 @@ from tdbook.records import read_record, record, record_path
 from tdlib.calibration import divergence
 from tdlib.data import Bundle
 from tdlib.errors import BudgetError, DataError
-from tdlib.methods.registry import accepted
+from tdlib.methods.kinds import accepted
 from tdlib.network import fingerprint
 from tdlib.planning import Plan
 from tdlib.train import checkpoint, evaluate, fit, fit_selected, inference, recalibrated, stage

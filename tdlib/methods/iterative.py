@@ -16,14 +16,9 @@ BatchNorm are as in the authors' code (musco-pytorch: `compression_step`, `min_r
 example notebook). It runs a fixed number of passes; here they go on to a budget, and the ranks of the last
 one are trimmed, so that it ends there and not below it (ours).
 
-From the second pass on only the Tucker core G (or the second factor of the SVD) is decomposed, and the new
-outer factors A, B are multiplied into the 1×1 convolutions around it, so a chain never grows:
-
-    W = G x_0 U x_1 V,   G ~ G' x_0 A x_1 B   =>   W ~ G' x_0 (U A) x_1 (V B)                       (3)
-
-Fine-tuning makes U and V lose their orthonormal columns; the core nearest to G is then not the one nearest to
-W. With `orthogonal` (ours) the triangular factors of U and V move into G first, which makes (3) the Tucker-2
-projection of W itself. A CP core is diagonal, so a smaller rank is fitted to the kernel.
+From the second pass on only the Tucker core (or the second factor of the SVD) is decomposed, so a chain never
+grows (`formats.recompression`, eq. 3); with `orthogonal` (ours) the factors around it are made orthonormal
+first.
 
 Every fine-tuning has a schedule of its own. With `one_schedule` (ours) the learning rate goes down once, over
 all of them.
@@ -38,15 +33,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tdlib import planning
-from tdlib.decompositions.svd import SVD, svd_factors
-from tdlib.decompositions.tucker import TUCKER2, tucker2
-from tdlib.errors import NonFiniteError, TdlibError, unknown
-from tdlib.formats import Factors, LayerPlan, Ranks, install, to_dense
-from tdlib.formats.chains import bias_of
+from tdlib.errors import TdlibError, unknown
+from tdlib.formats import LayerPlan, Ranks, install
+from tdlib.formats.recompression import Recompression
 from tdlib.methods.direct import Tables
 from tdlib.network import attach, provenance
 from tdlib.planning import Plan, count, end_layers
@@ -118,8 +110,9 @@ def iterative(
         )
     found, budget = budgeted(model, data, plan, least)
     small = copy.deepcopy(model)
-    sites = {c.name: Site(c, small.get_submodule(c.name), orthogonal) for c in found}
-    ranks_of = partial(choose, sites, budget, rule, 0.6 if weakening is None else weakening, factor, least)
+    sites = {c.name: Recompression(c.name, c.kernel, small.get_submodule(c.name), orthogonal) for c in found}
+    share = 0.6 if weakening is None else weakening
+    ranks_of = partial(choose, found, sites, budget, rule, share, factor, least)
     tables: Tables = {"ranks": [], "stages": [], "finetune": []}
     total = len(list(way(found, budget, ranks_of, group_size))) if one_schedule else 0
     last: Choice = {}
@@ -212,7 +205,8 @@ def way(
 
 
 def choose(
-    sites: Mapping[str, Site],
+    found: Sequence[Candidate],
+    sites: Mapping[str, Recompression],
     budget: Budget,
     rule: str,
     weakening: float,
@@ -221,11 +215,10 @@ def choose(
     now: Choice,
 ) -> tuple[Choice, str]:
     """Ranks of the next pass, trimmed to the budget, and the rule that gave them."""
-    found = [site.candidate for site in sites.values()]
     for used in dict.fromkeys((rule, "nx")):
         wanted = {
-            name: next_ranks(site.candidate, now[name], site.core(), used, weakening, factor, least)
-            for name, site in sites.items()
+            c.name: next_ranks(c, now[c.name], sites[c.name].core(), used, weakening, factor, least)
+            for c in found
         }
         choice = trim(found, now, accept(found, now, wanted), budget)
         if spent(found, choice) < 0.98 * spent(found, now) or budget.met(spent(found, choice)):
@@ -286,67 +279,3 @@ def rank_rows(found: Sequence[Candidate], choice: Choice, number: int, rule: str
         row |= {"bounds": list(c.bounds), "dense": ranks is None, "params": params, "macs": macs}
         rows.append(row)
     return rows
-
-
-class Site:
-    """One layer on its way: the geometry it started from, the module it is now, and how to shrink that."""
-
-    def __init__(self, candidate: Candidate, dense: nn.Module, orthogonal: bool) -> None:
-        self.candidate, self.orthogonal = candidate, orthogonal
-        self.geometry: Any = copy.deepcopy(dense)
-        self.module: Any = dense
-        self.dense = True
-
-    @property
-    def refitted(self) -> bool:
-        """Whether a smaller rank is fitted to the whole kernel: the first pass, and CP in every pass."""
-        return self.dense or self.candidate.kernel.decomposition not in (TUCKER2, SVD)
-
-    def core(self) -> Tensor:
-        """What the next pass decomposes; its unfoldings are those that EVBMF sees."""
-        return to_dense(self.module).detach() if self.refitted else self._factors()[0]
-
-    def shrink(self, ranks: Ranks) -> nn.Module:
-        """The module of these (smaller) ranks, from now on the present one. Raises NonFiniteError."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
-            raise NonFiniteError(
-                f"layer {self.candidate.name!r} has NaN or Inf in its weights: lower the fine-tuning lr"
-            )
-        kernel = self.candidate.kernel
-        if self.refitted:
-            factors = kernel.decompose(to_dense(self.module).detach(), ranks)
-        else:
-            factors = recompress(self._factors(), ranks)
-        last = self.module if self.dense else self.module[-1]
-        self.geometry.to(last.weight.device, last.weight.dtype).train(self.module.training)
-        self.geometry.bias = bias_of(last)
-        self.module, self.dense = kernel.module(self.geometry, factors), False
-        return self.module
-
-    def _factors(self) -> Factors:
-        """[core (r_out, r_in, kh, kw), U (O, r_out), V (I, r_in)] of the chain, or [A (O, r), B (r, I)]."""
-        weights = [member.weight.detach().float() for member in self.module]
-        if len(weights) == 2:
-            factors = [weights[1].flatten(1), weights[0].flatten(1)]
-        else:
-            factors = [weights[1], weights[2].flatten(1), weights[0].flatten(1).mT]
-        return orthogonalise(factors) if self.orthogonal else factors
-
-
-def orthogonalise(factors: Factors) -> Factors:
-    """The same kernel with orthonormal outer factors: their triangular parts are multiplied into the core."""
-    if len(factors) == 2:
-        q, r = torch.linalg.qr(factors[1].mT)
-        return [factors[0] @ r.mT, q.mT]
-    core, u, v = factors
-    (q_u, r_u), (q_v, r_v) = torch.linalg.qr(u), torch.linalg.qr(v)
-    return [torch.einsum("ab,bc...,dc->ad...", r_u, core, r_v), q_u, q_v]
-
-
-def recompress(factors: Factors, ranks: Sequence[int]) -> Factors:
-    """Equation (3): decompose the core (or A of A B) at `ranks`, multiply the new outer factors outwards."""
-    if len(factors) == 2:
-        second, first = svd_factors(factors[0], ranks[0])
-        return [second, first @ factors[1]]
-    core, (a, b) = tucker2(factors[0], ranks)
-    return [core, factors[1] @ a, factors[2] @ b]

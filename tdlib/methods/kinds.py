@@ -1,4 +1,4 @@
-"""Whether arguments are of the kind that their annotations say: booleans, numbers, text, tables."""
+"""What functions take by name, and whether arguments are of the kind that annotations say."""
 
 from __future__ import annotations
 
@@ -16,6 +16,25 @@ KINDS: dict[str, tuple[type, str]] = {
     "Mapping[str, Any]": (Mapping, "a table (dict)"), "Sequence[str]": (Sequence, "a list of names"),
     "Mapping[str, Sequence[int]]": (Mapping, "a table (dict)"),
 }  # fmt: skip
+
+
+def accepted(
+    function: Callable[..., Any], given: Mapping[str, Any], rest: Callable[..., Any] | None = None
+) -> dict[str, Any]:
+    """Those of the given arguments that the function takes by name, or passes on to `rest`."""
+    valid = keywords(function) + (keywords(rest) if rest is not None and passes_on(function) else [])
+    return {name: value for name, value in given.items() if name in valid}
+
+
+def passes_on(function: Callable[..., Any]) -> bool:
+    """Whether it takes any keyword, which it hands to `train.fit`."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+def keywords(function: Callable[..., Any]) -> list[str]:
+    """Keyword arguments of a function."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def check_kinds(functions: Iterable[Callable[..., Any]], given: Mapping[str, Any]) -> None:

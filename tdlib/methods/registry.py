@@ -7,7 +7,6 @@ does not change the model. To add one, write the file and add a row to `METHODS`
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch import nn
 from tdlib.calibration import calibration_batches, load_statistics
 from tdlib.errors import BudgetError, DataError, TdlibError, needs, unknown
 from tdlib.formats import FORMATS, get_format
-from tdlib.methods.kinds import check_kinds
+from tdlib.methods.kinds import accepted, check_kinds, keywords, passes_on
 from tdlib.network import attach, fingerprint, provenance
 from tdlib.planning import Plan, end_layers, plan
 from tdlib.train import accuracies, checkpoint, fit, fit_selected, rehearse, stage
@@ -181,7 +180,7 @@ def compress(
         given.pop("rule", None)
     if epochs:
         given |= {"finetune_epochs": epochs, "finetune_lr": 0.01 if finetune_lr is None else finetune_lr}
-    training = {name: value for name, value in given.items() if name in _names(fit)}
+    training = {name: value for name, value in given.items() if name in keywords(fit)}
     tuning = training | {"epochs": epochs, "lr": given.get("finetune_lr")}
     if isinstance(given.get("statistics"), str | Path):
         given["statistics"] = load_statistics(given["statistics"])
@@ -234,7 +233,7 @@ def _check(method: str, asked: Mapping[str, Any], hyper: Mapping[str, Any], epoc
     if asked["format"] not in row.choices:
         raise unknown(f"format for {method!r}", asked["format"], row.choices)
     parts = [_function(place) for place in (row.planner, row.run, row.prepare) if place]
-    own = [name for part in parts for name in _names(part)]
+    own = [name for part in parts for name in keywords(part)]
     check_kinds([compress, *parts, fit], asked)
     for name in ("rule", "ranks", "options"):
         if name in asked and name not in own:
@@ -253,7 +252,7 @@ def _check(method: str, asked: Mapping[str, Any], hyper: Mapping[str, Any], epoc
         )
     if asked.get("samples", 1) < 1:
         raise TdlibError(f"samples must be at least 1, got {asked['samples']}")
-    trains = epochs > 0 or any(_passes_on(part) for part in parts)
+    trains = epochs > 0 or any(passes_on(part) for part in parts)
     idle = [name for name in hyper if name not in own and not trains]
     idle += ["finetune_lr"] if "finetune_lr" in asked and not epochs else []
     if idle:
@@ -298,12 +297,12 @@ def check(model: nn.Module, method: str, data: Any, **asked: Any) -> None:
     """
     row = _row(method)
     given = {"format": row.choices[0], **{name: value for name, value in asked.items() if value is not None}}
-    hyper = {name: value for name, value in given.items() if name not in _names(compress)}
+    hyper = {name: value for name, value in given.items() if name not in keywords(compress)}
     epochs = given.get("finetune_epochs", row.finetune_epochs)
     _check(method, given, hyper, epochs)
     run, planner = _function(row.run), _function(row.planner)
-    if epochs or _passes_on(run):
-        training = {name: value for name, value in given.items() if name in _names(fit)}
+    if epochs or passes_on(run):
+        training = {name: value for name, value in given.items() if name in keywords(fit)}
         rehearse(model, data, **training | {"epochs": max(1, epochs), "lr": given.get("finetune_lr", 0.01)})
     if isinstance(given.get("statistics"), str | Path):
         load_statistics(given.pop("statistics"))
@@ -317,18 +316,10 @@ def hyperparameters(method: str) -> tuple[str, ...]:
     `train.fit` for the training that it or fine-tuning does. Raises: UnknownName."""
     row = _row(method)
     parts = [_function(place) for place in (row.run, row.planner, row.prepare) if place]
-    names = [name for part in parts for name in _names(part)]
-    names += [name for name in _names(fit) if name not in ("epochs", "lr", "hooks")]
-    taken = [*_names(compress), "on_decomposed", "origin"]
+    names = [name for part in parts for name in keywords(part)]
+    names += [name for name in keywords(fit) if name not in ("epochs", "lr", "hooks")]
+    taken = [*keywords(compress), "on_decomposed", "origin"]
     return tuple(name for name in dict.fromkeys(names) if name not in taken)
-
-
-def accepted(
-    function: Callable[..., Any], given: Mapping[str, Any], rest: Callable[..., Any] | None = None
-) -> dict[str, Any]:
-    """Those of the given arguments that the function takes by name, or passes on to `rest`."""
-    valid = _names(function) + (_names(rest) if rest is not None and _passes_on(function) else [])
-    return {name: value for name, value in given.items() if name in valid}
 
 
 def _row(method: str) -> Method:
@@ -340,14 +331,3 @@ def _row(method: str) -> Method:
 def _function(place: str) -> Callable[..., Any]:
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
-
-
-def _passes_on(function: Callable[..., Any]) -> bool:
-    """Whether it takes any keyword, which it hands to `train.fit`."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-
-
-def _names(function: Callable[..., Any]) -> list[str]:
-    """Keyword arguments of a function."""
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

@@ -15,7 +15,8 @@ import tdlib
 from tdlib.decompositions.tucker import tucker2
 from tdlib.errors import BudgetError, NonFiniteError, TdlibError, UnknownName
 from tdlib.formats import get_format, to_dense
-from tdlib.methods.iterative import Site, goal, iterative
+from tdlib.formats.recompression import Recompression
+from tdlib.methods.iterative import goal, iterative
 from tdlib.planning import Plan
 from tdlib.planning.budget import make_budget, spent
 from tdlib.planning.candidates import candidates
@@ -122,10 +123,9 @@ CHAINS = [
 ]
 
 
-def site(layer: nn.Module, first: tuple[int, ...], orthogonal: bool) -> Site:
+def site(layer: nn.Module, first: tuple[int, ...], orthogonal: bool) -> Recompression:
     """The layer decomposed at `first` and then changed as by fine-tuning: outer factors not orthonormal."""
-    candidate = SimpleNamespace(name="layer", kernel=get_format("tucker2").bind(layer.weight.shape))
-    found = Site(candidate, layer, orthogonal)
+    found = Recompression("layer", get_format("tucker2").bind(layer.weight.shape), layer, orthogonal)
     found.shrink(first)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_shrinking_again_is_the_projection_of_the_kernel_as_fine_tuned(make, fir
     torch.manual_seed(0)
     layer = make()
     found, published = site(layer, first, orthogonal=True), site(layer, first, orthogonal=False)
-    bound, before = found.candidate.kernel, found.module
+    bound, before = found.kernel, found.module
     kernel, bias = to_dense(before).detach(), before[-1].bias
     torch.testing.assert_close(to_dense(found.shrink(first)), kernel, atol=1e-5, rtol=1e-4)
     after = found.shrink(second)
@@ -164,7 +164,7 @@ def test_a_cp_chain_is_fitted_to_its_kernel() -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 8, 3, padding=1)
     bound = get_format("cp").bind(layer.weight.shape)
-    found = Site(SimpleNamespace(name="layer", kernel=bound), layer, True)
+    found = Recompression("layer", bound, layer, True)
     found.shrink((20,))
     kernel = to_dense(found.module).detach()
     torch.testing.assert_close(to_dense(found.shrink((6,))), bound.project(kernel, (6,)))
